@@ -1,0 +1,1 @@
+"""The stages of the pipeline: files are verbs that run, folders are what they import."""
