@@ -1,0 +1,296 @@
+"""The stores between the stages: their layout, written down once. The only zarr import.
+
+store                           array        shape                    dtype    meaning
+tile/<slide>/patches.zarr       patch        [patch, px, px, 3]       uint8    RGB
+                                origin       [patch, 2]               int64    x0, y0 of the top-left corner
+detect/<slide>/nuclei.zarr      centroid     [nuclei, 2]              float32  x0, y0
+                                patch_index  [nuclei]                 int64    row of `patch`
+                                radius_um    [nuclei]                 float32  of the circle of equal area
+                                score        [nuclei]                 float32  0 to 1
+perturb/<slide>/views.zarr      patch        [view, px, px, 3]        uint8    perturbed RGB
+                                source       [view]                   int64    row of the tile store
+                                point        [points, 2]              float32  x, y in the patch: retained nuclei
+                                view_index   [points]                 int64    row of `patch` in this store
+embed/<encoder>/<slide>/bag.zarr  embedding  [patch, dim]             float32  one instance a row, rows as in tile
+                                origin       [patch, 2]               int64    x0, y0 of the patch
+
+x0, y0 are level-0 pixels; x, y are patch pixels. Both are continuous: pixel column j covers
+[j, j + 1). Attributes: slide_id, mpp (of the patches), slide_mpp (of level 0), input (content
+digest of what the store was made from), schema. What made it stands beside it, in made.json.
+"""  # noqa: E501
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import imagecodecs
+import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
+
+from stages.common import jpeg
+from stages.common.shards import ShardReader, write_shard
+
+SCHEMA = 1
+SHARD_PATCHES = 512
+JPEG_LEVEL = 92
+ZSTD_LEVEL = 3
+ATTRIBUTES = ("slide_id", "mpp", "slide_mpp", "input")
+
+PATCHES = {"patch": ("uint8", 4), "origin": ("int64", 2)}
+NUCLEI = {
+    "centroid": ("float32", 2),
+    "patch_index": ("int64", 1),
+    "radius_um": ("float32", 1),
+    "score": ("float32", 1),
+}
+VIEWS = {
+    "patch": ("uint8", 4),
+    "source": ("int64", 1),
+    "point": ("float32", 2),
+    "view_index": ("int64", 1),
+}
+BAG = {"embedding": ("float32", 2), "origin": ("int64", 2)}
+
+
+@dataclass(frozen=True)
+class Nuclei:
+    """The nuclei of one slide; shapes and units as in the table above."""
+
+    centroid: np.ndarray
+    patch_index: np.ndarray
+    radius_um: np.ndarray
+    score: np.ndarray
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bag:
+    """The embeddings of one slide; shapes and units as in the table above."""
+
+    embedding: np.ndarray
+    origin: np.ndarray
+    attributes: dict[str, Any]
+
+
+class PatchStore:
+    """Patches of one slide, decoded one at a time: `store[i]` is uint8 [px, px, 3]."""
+
+    def __init__(self, path: Path, layout: dict[str, tuple[str, int]] = PATCHES) -> None:
+        group = _open(path, layout)
+        array = group["patch"]
+        self.path = path
+        self.count, self.patch_px = int(array.shape[0]), int(array.shape[1])
+        self.attributes = dict(group.attrs)
+        self._shard_patches = int(array.shards[0])
+        self._decode = _decoder(array)
+        self.arrays = {name: group[name][:] for name in layout if name != "patch"}
+
+    @property
+    def origin(self) -> np.ndarray:
+        """Int64 [patch, 2]: level-0 pixels of each patch's top-left corner."""
+        return self.arrays["origin"]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, at: int) -> np.ndarray:
+        """Patch number `at`, uint8 [px, px, 3]."""
+        if not 0 <= at < self.count:
+            raise IndexError(f"{self.path} has {self.count} patches, no patch {at}")
+        shard, row = divmod(at, self._shard_patches)
+        return self._decode(self._reader(shard)[row])
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a store lives as long as its readers
+    def _reader(self, shard: int) -> ShardReader:
+        return ShardReader(self.path / "patch" / "c" / f"{shard}/0/0/0", self._shard_patches)
+
+
+class ViewStore(PatchStore):
+    """Perturbed patches of one slide and the retained nuclei in each."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, VIEWS)
+
+    @property
+    def source(self) -> np.ndarray:
+        """Int64 [view]: the row of the tile store that each view was made from."""
+        return self.arrays["source"]
+
+    def points_of(self, at: int) -> np.ndarray:
+        """Float32 [points, 2]: retained nuclei of view `at`, (x, y) in patch pixels."""
+        return self.arrays["point"][self.arrays["view_index"] == at]
+
+
+def create_patches(
+    path: Path,
+    patches: Iterable[np.ndarray],
+    origins: np.ndarray,
+    patch_px: int,
+    attributes: dict[str, Any],
+    codec: str = "jpeg",
+) -> None:
+    """Write a slide's patches as they come; `codec` is "jpeg" (4:4:4) or "zstd" (lossless)."""
+    group = _create(path, attributes)
+    _write_patches(group, path, patches, len(origins), patch_px, codec)
+    _write_arrays(group, {"origin": origins}, PATCHES)
+
+
+def create_views(
+    path: Path,
+    patches: Iterable[np.ndarray],
+    points: np.ndarray,
+    view_index: np.ndarray,
+    source: np.ndarray,
+    patch_px: int,
+    attributes: dict[str, Any],
+    codec: str = "zstd",
+) -> None:
+    """Write a slide's perturbed patches and their retained nuclei."""
+    group = _create(path, attributes)
+    _write_patches(group, path, patches, len(source), patch_px, codec)
+    arrays = {"source": source, "point": points, "view_index": view_index}
+    _write_arrays(group, arrays, VIEWS)
+
+
+def create_nuclei(
+    path: Path,
+    centroid: np.ndarray,
+    patch_index: np.ndarray,
+    radius_um: np.ndarray,
+    score: np.ndarray,
+    attributes: dict[str, Any],
+) -> None:
+    """Write the nuclei of one slide."""
+    arrays = {
+        "centroid": centroid,
+        "patch_index": patch_index,
+        "radius_um": radius_um,
+        "score": score,
+    }
+    _write_arrays(_create(path, attributes), arrays, NUCLEI)
+
+
+def create_bag(
+    path: Path, embedding: np.ndarray, origin: np.ndarray, attributes: dict[str, Any]
+) -> None:
+    """Write the embeddings of one slide."""
+    _write_arrays(_create(path, attributes), {"embedding": embedding, "origin": origin}, BAG)
+
+
+def open_patches(path: Path) -> PatchStore:
+    """Open `data/tile/<slide>/patches.zarr`."""
+    return PatchStore(path)
+
+
+def open_views(path: Path) -> ViewStore:
+    """Open `data/perturb/<slide>/views.zarr`."""
+    return ViewStore(path)
+
+
+def open_nuclei(path: Path) -> Nuclei:
+    """Open `data/detect/<slide>/nuclei.zarr`."""
+    group = _open(path, NUCLEI)
+    return Nuclei(**{name: group[name][:] for name in NUCLEI}, attributes=dict(group.attrs))
+
+
+def open_bag(path: Path) -> Bag:
+    """Open `data/embed/<encoder>/<slide>/bag.zarr`."""
+    group = _open(path, BAG)
+    return Bag(**{name: group[name][:] for name in BAG}, attributes=dict(group.attrs))
+
+
+def _create(path: Path, attributes: dict[str, Any]) -> zarr.Group:
+    missing = [name for name in ATTRIBUTES if name not in attributes]
+    if missing:
+        raise ValueError(f"{path.name} has no attribute {missing[0]}: every store carries it")
+    return zarr.create_group(path, attributes={**attributes, "schema": SCHEMA}, overwrite=False)
+
+
+def _write_arrays(
+    group: zarr.Group, arrays: dict[str, np.ndarray], layout: dict[str, tuple[str, int]]
+) -> None:
+    for name, values in arrays.items():
+        dtype, axes = layout[name]
+        if values.ndim != axes:
+            raise ValueError(f"{group.store_path}: {name} has {values.ndim} axes: it needs {axes}")
+        chunk = tuple(max(length, 1) for length in values.shape)  # one file an array
+        group.create_array(name, data=values.astype(dtype), chunks=chunk, compressors=ZstdCodec())
+
+
+def _write_patches(
+    group: zarr.Group,
+    path: Path,
+    patches: Iterable[np.ndarray],
+    count: int,
+    patch_px: int,
+    codec: str,
+) -> None:
+    shard = max(1, min(SHARD_PATCHES, count))
+    group.create_array(
+        "patch",
+        shape=(count, patch_px, patch_px, 3),
+        dtype="uint8",
+        chunks=(1, patch_px, patch_px, 3),
+        shards=(shard, patch_px, patch_px, 3),
+        dimension_names=("patch", "height", "width", "channel"),
+        **_codec_arguments(codec),
+    )
+    chunks = _encoded(patches, codec, patch_px)
+    written = sum(
+        write_shard(path / "patch" / "c" / f"{at}/0/0/0", islice(chunks, shard), shard)
+        for at in range(-(-count // shard))
+    )
+    if written != count or next(chunks, None) is not None:
+        raise ValueError(f"{path.name} was given {written} patches or more: it needs {count}")
+
+
+def _codec_arguments(codec: str) -> dict[str, Any]:
+    if codec == "jpeg":
+        return {"serializer": jpeg.JpegCodec(JPEG_LEVEL), "compressors": None}
+    if codec == "zstd":
+        return {"compressors": ZstdCodec(level=ZSTD_LEVEL)}
+    raise ValueError(f"codec is {codec!r}: it must be jpeg or zstd")
+
+
+def _encoded(patches: Iterable[np.ndarray], codec: str, patch_px: int) -> Iterator[bytes]:
+    for patch in patches:
+        if patch.shape != (patch_px, patch_px, 3) or patch.dtype != np.uint8:
+            raise ValueError(
+                f"a patch is {patch.dtype} {patch.shape}: it must be uint8 of {patch_px} px, RGB"
+            )
+        if codec == "jpeg":
+            yield jpeg.encode(np.ascontiguousarray(patch), JPEG_LEVEL)
+        else:
+            yield imagecodecs.zstd_encode(patch.tobytes(), level=ZSTD_LEVEL)
+
+
+def _decoder(array: zarr.Array) -> Callable[[bytes], np.ndarray]:
+    if isinstance(array.serializer, jpeg.JpegCodec):
+        return jpeg.decode
+    shape = array.shape[1:]
+    return lambda data: np.frombuffer(imagecodecs.zstd_decode(data), np.uint8).reshape(shape)
+
+
+def _open(path: Path, layout: dict[str, tuple[str, int]]) -> zarr.Group:
+    if not path.is_dir():
+        raise FileNotFoundError(f"no {path}: run `dvc repro` for the stage {_stage_of(path)} first")
+    group = zarr.open_group(path, mode="r")
+    if group.attrs.get("schema") != SCHEMA:
+        found = group.attrs.get("schema")
+        raise ValueError(f"{path} has schema {found}: this version reads {SCHEMA}; rerun its stage")
+    for name, (dtype, axes) in layout.items():
+        if name not in group:
+            raise ValueError(f"{path} has no array {name}: rerun the stage {_stage_of(path)}")
+        array = group[name]
+        if str(array.dtype) != dtype or array.ndim != axes:
+            found = f"{array.dtype} with {array.ndim} axes"
+            raise ValueError(f"{path}: {name} is {found}: it must be {dtype} with {axes} axes")
+    return group
+
+
+def _stage_of(path: Path) -> str:
+    return path.parts[path.parts.index("data") + 1] if "data" in path.parts[:-1] else "that made it"
