@@ -94,7 +94,9 @@ def _cast(value: Any, kind: Any, name: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{name} is {value!r} ({type(value).__name__}): it must be {kind.__name__}")
+        raise ValueError(
+            f"{name} is {value!r} ({type(value).__name__}): it must be {kind.__name__}"
+        )
     return value
 
 

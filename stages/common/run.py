@@ -1,12 +1,14 @@
 """What every run needs: logging, seeds, whole-or-absent files, metrics files."""
 
 import contextlib
+import importlib
 import json
 import logging
 import math
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,20 @@ def start(main: Callable[[], None]) -> None:
     """
     configure()
     try:
-        main()
+        _imported(main)()
     except (ValueError, FileNotFoundError, ImportError, OSError) as error:
         if os.environ.get("CYTOSSL_TRACEBACK"):
             raise
         logger.error("%s", _readable(error))
         raise SystemExit(1) from None
+
+
+def _imported(main: Callable[[], None]) -> Callable[[], None]:
+    """`main` of the module under its own name: what lies in __main__ cannot reach a worker."""
+    specification = sys.modules["__main__"].__spec__
+    if main.__module__ != "__main__" or specification is None:
+        return main
+    return getattr(importlib.import_module(specification.name), main.__name__)
 
 
 def configure() -> None:

@@ -47,7 +47,9 @@ class ShardReader:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY)
         length = 16 * chunk_count + 4
-        tail = os.pread(self._descriptor, length, max(os.fstat(self._descriptor).st_size - length, 0))
+        tail = os.pread(
+            self._descriptor, length, max(os.fstat(self._descriptor).st_size - length, 0)
+        )
         table, check = tail[:-4], int.from_bytes(tail[-4:], "little")
         if len(tail) != length or google_crc32c.value(table) != check:
             raise ValueError(f"{path} is damaged: delete it and rerun the stage that made it")

@@ -1,0 +1,185 @@
+"""The per-slide map: what is in the cache is linked, what is not is made, on all cores.
+
+Slides are mapped on Dask distributed, a local cluster of single-threaded processes by default, or
+the scheduler named in params.yaml (`engine.scheduler`). A slide that fails stops no other: what
+was made is kept, the failures are listed at the end, and the stage exits non-zero.
+"""
+
+import functools
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stages.common import cache, fingerprint, params
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 2  # tasks in flight per worker: enough to keep it busy, few enough to lose little
+
+
+@dataclass(frozen=True)
+class EngineParams:
+    """How the map runs. No result depends on it, so no stage tracks it."""
+
+    workers: int  # processes on this machine; 0: one per core
+    scheduler: str  # address of a running Dask scheduler; empty: a cluster on this machine
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slide's work."""
+
+    slide_id: str
+    inputs: tuple[str, ...]  # content digests of what the result is made from
+    arguments: dict[str, Any] = field(default_factory=dict)  # for `make`; not part of the key
+
+
+Make = Callable[[Path, Job], None]
+
+
+def run(
+    stage: str,
+    make: Make,
+    jobs: list[Job],
+    target: Path,
+    *,
+    code: tuple[str, ...],
+    settings: dict[str, Any],
+) -> None:
+    """Bring every job's result to `target/<slide_id>/`, making only what the cache lacks.
+
+    Args:
+        stage: Names the stage in the cache and the log.
+        make: Fills a folder with one slide's files. A top-level function: it runs in workers. Equal
+            job, settings and code must give equal bytes.
+        jobs: One a slide.
+        target: Made anew; holds hard links to the cache.
+        code: Modules that decide the bytes; all they import counts too.
+        settings: Every param that decides the bytes.
+
+    Raises:
+        ValueError: slides failed; all others are in the cache, and a rerun makes only those.
+    """
+    cache.sweep(stage)
+    if target.exists():
+        shutil.rmtree(target)
+    target.mkdir(parents=True)
+    digest = fingerprint.code_digest(code)
+    keys = {
+        job.slide_id: cache.key_of(stage, job.slide_id, job.inputs, settings, digest)
+        for job in jobs
+    }
+    missing = [job for job in jobs if not cache.entry(stage, keys[job.slide_id]).is_dir()]
+    logger.info("%s: %d slides to make, %d reused", stage, len(missing), len(jobs) - len(missing))
+    failures = _build_all(stage, make, missing, keys, {"settings": settings, "code": digest})
+    _report(stage, failures, len(jobs))
+    for job in jobs:
+        cache.link(cache.entry(stage, keys[job.slide_id]), target / job.slide_id)
+
+
+def _build_all(
+    stage: str, make: Make, jobs: list[Job], keys: dict[str, str], provenance: dict[str, Any]
+) -> dict[str, str]:
+    """Make every job's result and return the error of each slide that failed."""
+    if not jobs:
+        return {}
+    failures: dict[str, str] = {}
+    build = functools.partial(_build, stage, make, provenance=provenance)
+    begun = time.perf_counter()
+    with _client(len(jobs)) as client, tqdm(total=len(jobs), desc=stage, unit="slide") as bar:
+        for job, error in _window(client, build, jobs, keys):
+            if error:
+                failures[job.slide_id] = error
+                tqdm.write(f"{stage}: slide {job.slide_id} failed: {error}")
+            bar.update()
+    made = len(jobs) - len(failures)
+    logger.info("%s: made %d slides in %.1f s", stage, made, time.perf_counter() - begun)
+    return failures
+
+
+def _build(stage: str, make: Make, job: Job, key: str, provenance: dict[str, Any]) -> None:
+    described = {**provenance, "inputs": job.inputs}
+    cache.build(stage, key, job.slide_id, described, lambda folder: make(folder, job))
+
+
+def _window(
+    client: Any, build: Callable[..., None], jobs: list[Job], keys: dict[str, str]
+) -> Iterator[tuple[Job, str]]:
+    """Run the jobs with few in flight; yield each with its error, empty when it went well."""
+    from distributed import as_completed
+
+    waiting = iter(jobs)
+    running: dict[str, Job] = {}
+
+    def submit() -> Any:
+        job = next(waiting, None)
+        if job is None:
+            return None
+        future = client.submit(build, job, keys[job.slide_id], pure=False, retries=0)
+        running[future.key] = job
+        return future
+
+    width = WINDOW * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+    finished = as_completed([future for _ in range(width) if (future := submit())])
+    for future in finished:
+        job = running.pop(future.key)
+        error = _explain(future.exception()) if future.status == "error" else ""
+        future.release()
+        following = submit()
+        if following:
+            finished.add(following)
+        yield job, error
+
+
+def _explain(error: BaseException) -> str:
+    from distributed.scheduler import KilledWorker
+
+    if isinstance(error, KilledWorker):
+        return "its worker process died, for want of memory or by a crash of the slide's reader"
+    if isinstance(error, OSError) and error.errno == 28:
+        return f"no space left on the disk of {cache.root()}: free some or set CYTOSSL_CACHE"
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return kind + str(error)
+
+
+@contextmanager
+def _client(job_count: int) -> Iterator[Any]:
+    import dask
+
+    # Before distributed is imported, which sets its loggers up once: failures are ours to tell.
+    dask.config.set({"logging.distributed": "critical"})
+    from distributed import Client, LocalCluster
+
+    engine = params.load(EngineParams, "engine")
+    if engine.scheduler:
+        with Client(engine.scheduler) as client:
+            yield client
+        return
+    workers = min(engine.workers or len(os.sched_getaffinity(0)), job_count)
+    # One process is one slide: libraries that start threads of their own would fight for cores.
+    spawn = "distributed.nanny.pre-spawn-environ"
+    quiet = {f"{spawn}.DASK_LOGGING__DISTRIBUTED": "critical"}
+    single = {f"{spawn}.OPENCV_FOR_THREADS_NUM": "1"}
+    with dask.config.set({**quiet, **single, "distributed.scheduler.allowed-failures": 1}):
+        cluster = LocalCluster(
+            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
+        )
+        with cluster, Client(cluster) as client:
+            yield client
+
+
+def _report(stage: str, failures: dict[str, str], total: int) -> None:
+    if failures:
+        listed = "".join(f"\n  {slide_id}: {why}" for slide_id, why in sorted(failures.items()))
+        raise ValueError(
+            f"{stage}: {len(failures)} of {total} slides failed; the others are kept. Mend these "
+            f"or take them out of the cohort, and run again:{listed}"
+        )
