@@ -32,13 +32,8 @@ def reach(modules: tuple[str, ...], root: Path = ROOT) -> set[str]:
     Raises:
         ValueError: one of `modules` is no file of this repository.
     """
-    for name in modules:
-        if _file(name, root) is None:
-            raise ValueError(
-                f"{name} is no module of this repository: name a file under {PACKAGES}"
-            )
     found: set[str] = set()
-    waiting = list(modules)
+    waiting = [module for module in modules if path_of(module, root)]
     while waiting:
         name = waiting.pop()
         if name not in found:
@@ -51,7 +46,7 @@ def path_of(module: str, root: Path = ROOT) -> Path:
     """The file of a first-party module, relative to the repository."""
     file = _file(module, root)
     if file is None:
-        raise ValueError(f"{module} is no module of this repository")
+        raise ValueError(f"{module} is no module of this repository: name a file under {PACKAGES}")
     return file.relative_to(root)
 
 

@@ -12,12 +12,21 @@ import yaml
 T = TypeVar("T")
 
 
+@dataclasses.dataclass(frozen=True)
+class Top:
+    """The top level of params.yaml: what more than one stage obeys."""
+
+    seed: int  # of everything drawn at random
+    sparse_topk: int  # keys that each query keeps; 0: all (dense attention)
+    irpe: typing.Literal["none", "k", "qk", "qkv"]  # where relative positions enter
+
+
 def load(cls: type[T], section: str = "", path: Path = Path("params.yaml")) -> T:
     """Read one section of a params file into the dataclass `cls`.
 
     Args:
-        cls: A dataclass whose fields are the section's keys. Fields that are dataclasses are read
-            from the map of that name.
+        cls: A dataclass whose fields are the section's keys. A key that holds a map and is no field
+            is a section of its own (a plug-in's) and is left alone.
         section: Dotted path of the section, e.g. "detect.hematoxylin"; empty for the top level,
             where keys that `cls` does not name are other sections and are left alone.
         path: The params file.
@@ -68,8 +77,8 @@ def _upto(section: str, depth: int) -> str:
 
 
 def _reject_unknown(values: dict[str, Any], names: list[str], where: str) -> None:
-    for key in values:
-        if key not in names:
+    for key, value in values.items():
+        if key not in names and not isinstance(value, dict):
             near = difflib.get_close_matches(str(key), names, 1)
             hint = f"did you mean {near[0]}? " if near else ""
             section = where.split(": ")[1].rstrip(".")

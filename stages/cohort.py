@@ -1,0 +1,198 @@
+"""Stage 1, cohort: the slides to work on, checked before hours of work are spent on them.
+
+    reads   the source named in params.yaml (stages/sources), data/index/slides.csv
+    writes  data/cohort/cohort.csv    one slide a row: id, path, label, patient, split, mpp, digest
+            data/cohort/classes.json  the classes in order, the positive one last
+
+Every problem is found here and all are told at once: files that are missing or damaged, an mpp
+that is not known, an id twice, one class only, a patient in two splits.
+"""
+
+import logging
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from stages.common import cohort, digests, params, plugins, run, slides
+from stages.common.cohort import SlideRow
+
+logger = logging.getLogger(__name__)
+
+READERS = 4  # threads: hashing and opening wait for the disk
+
+
+@dataclass(frozen=True)
+class CohortParams:
+    """The section `cohort`, without the sections of the sources."""
+
+    source: str  # a file of stages/sources
+    positive: str  # the label that counts as positive; empty: the last in the alphabet
+    test_share: float  # share of each class's patients, 0 to 1 (the paper: 0.3)
+    val_share: float  # share of the patients that are not test, 0 to 1
+
+
+def main(target: Path = Path("data/cohort")) -> None:
+    """List, check and split the cohort."""
+    chosen = params.load(CohortParams, "cohort")
+    seed = params.load(params.Top).seed
+    source = plugins.load("sources", chosen.source)
+    settings = params.load(source.Params, f"cohort.{chosen.source}")
+    target.mkdir(parents=True, exist_ok=True)
+    rows = sorted(source.build(settings, seed, target), key=lambda row: row.slide_id)
+    _check_table(rows)
+    classes = _classes(rows, chosen.positive)
+    rows = _opened(rows)
+    rows = _split(rows, chosen, seed)
+    cohort.write_rows(target, rows, classes)
+    run.write_metrics(target / "metrics.json", _metrics(rows))
+    logger.info("cohort: %d slides of %d patients", len(rows), len({row.patient for row in rows}))
+
+
+def _check_table(rows: list[SlideRow]) -> None:
+    """Everything that is wrong with the rows as such."""
+    problems = [] if rows else ["there are no slides: add some to the source"]
+    counts = Counter(row.slide_id for row in rows)
+    for slide_id, count in counts.items():
+        if count > 1:
+            problems.append(f"slide id {slide_id} occurs {count} times: give a column slide_id")
+        if not re.fullmatch(r"[^\W_][\w .()+=@-]{0,120}", slide_id) or slide_id.endswith(
+            (".", " ")
+        ):
+            problems.append(
+                f"slide id {slide_id!r} cannot name a folder: use letters, digits, space, . _ -"
+            )
+    splits = defaultdict(set)
+    for row in rows:
+        splits[row.patient].add(row.split)
+    problems += [
+        f"patient {patient} is in the splits {', '.join(sorted(found))}: put them in one"
+        for patient, found in splits.items()
+        if len(found) > 1
+    ]
+    _raise(problems)
+
+
+def _classes(rows: list[SlideRow], positive: str) -> list[str]:
+    labels = sorted({row.label for row in rows})
+    if len(labels) < 2:
+        raise ValueError(f"all slides have the label {labels[0]!r}: a cohort needs two classes")
+    if positive and positive not in labels:
+        raise ValueError(f"cohort.positive is {positive!r}: the labels are {', '.join(labels)}")
+    return sorted(labels, key=lambda label: (label == positive, label))
+
+
+def _opened(rows: list[SlideRow]) -> list[SlideRow]:
+    """Open every slide, note its mpp and digest its content."""
+    with ThreadPoolExecutor(READERS) as pool:
+        results = list(
+            tqdm(pool.map(_caught(_open), rows), total=len(rows), desc="cohort", unit="slide")
+        )
+    _raise([result for result in results if isinstance(result, str)])
+    seen: dict[str, str] = {}
+    for row in results:
+        if row.digest in seen:
+            logger.warning("slides %s and %s are the same file", seen[row.digest], row.slide_id)
+        seen[row.digest] = row.slide_id
+    return results
+
+
+def _open(row: SlideRow) -> SlideRow:
+    path = cohort.locate(row.path)
+    slide = slides.Slide(path, float(row.mpp) if row.mpp else None)
+    slide.probe()
+    digest = digests.digest_of(slides.content_files(path))
+    return replace(row, mpp=repr(slide.mpp), digest=digest)
+
+
+def _caught(task: Callable[[SlideRow], SlideRow]) -> Callable[[SlideRow], SlideRow | str]:
+    def attempt(row: SlideRow) -> SlideRow | str:
+        try:
+            return task(row)
+        except (ValueError, OSError) as error:
+            return str(error)
+
+    return attempt
+
+
+def _split(rows: list[SlideRow], chosen: CohortParams, seed: int) -> list[SlideRow]:
+    """Fill in the splits that the source leaves open, patient by patient, alike in every class."""
+    for name in ("test_share", "val_share"):
+        if not 0 < getattr(chosen, name) < 1:
+            raise ValueError(
+                f"cohort.{name} is {getattr(chosen, name)}: it must lie within 0 and 1"
+            )
+    given = {row.patient: row.split for row in rows}
+    if not all(given.values()) and any(given.values()):
+        open_ = next(patient for patient, split in given.items() if not split)
+        raise ValueError(f"patient {open_} has no split and others have: fill the column or none")
+    if not any(given.values()):
+        given = _draw(rows, given, "", "test", chosen.test_share, seed)
+        given = {patient: split or "train" for patient, split in given.items()}
+    if "val" not in given.values():
+        given = _draw(rows, given, "train", "val", chosen.val_share, seed + 1)
+    rows = [replace(row, split=given[row.patient]) for row in rows]
+    _check_splits(rows)
+    return rows
+
+
+def _draw(
+    rows: list[SlideRow], given: dict[str, str], from_: str, to: str, share: float, seed: int
+) -> dict[str, str]:
+    """Move a share of each class's patients from one split to another, at least one of each."""
+    moved = dict(given)
+    by_label: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if given[row.patient] == from_:
+            by_label[_patient_label(rows, row.patient)].add(row.patient)
+    for label in sorted(by_label):
+        patients = sorted(by_label[label])
+        random.Random(f"{seed}:{label}").shuffle(patients)
+        for patient in patients[: max(1, round(share * len(patients)))]:
+            moved[patient] = to
+    return moved
+
+
+def _patient_label(rows: list[SlideRow], patient: str) -> str:
+    """A patient's rarest label decides, so that no class is lost among mixed patients."""
+    counts = Counter(row.label for row in rows)
+    return min(
+        (row.label for row in rows if row.patient == patient), key=lambda it: (counts[it], it)
+    )
+
+
+def _check_splits(rows: list[SlideRow]) -> None:
+    present = {(row.split, row.label) for row in rows}
+    labels = sorted({row.label for row in rows})
+    _raise(
+        [
+            f"split {split} has no slide of class {label}: add patients of it, or set column split"
+            for split in cohort.SPLITS
+            for label in labels
+            if (split, label) not in present
+        ]
+    )
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(f"the cohort has {len(problems)} problems:\n  {listed}")
+
+
+def _metrics(rows: list[SlideRow]) -> dict[str, Any]:
+    counts: dict[str, Any] = {split: Counter() for split in cohort.SPLITS}
+    for row in rows:
+        counts[row.split][row.label] += 1
+    patients = len({row.patient for row in rows})
+    return {"slides": len(rows), "patients": patients, **counts}
+
+
+if __name__ == "__main__":
+    run.start(main)
