@@ -25,6 +25,7 @@ from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
 
+SLIDE_ID = re.compile(r"[^\W_]([\w .()+=@-]{0,118}[\w()+=@-])?")  # names a folder on any system
 READERS = 4  # threads: hashing and opening wait for the disk
 
 
@@ -62,9 +63,7 @@ def _check_table(rows: list[SlideRow]) -> None:
     for slide_id, count in counts.items():
         if count > 1:
             problems.append(f"slide id {slide_id} occurs {count} times: give a column slide_id")
-        if not re.fullmatch(r"[^\W_][\w .()+=@-]{0,120}", slide_id) or slide_id.endswith(
-            (".", " ")
-        ):
+        if not SLIDE_ID.fullmatch(slide_id):
             problems.append(
                 f"slide id {slide_id!r} cannot name a folder: use letters, digits, space, . _ -"
             )
@@ -124,10 +123,9 @@ def _caught(task: Callable[[SlideRow], SlideRow]) -> Callable[[SlideRow], SlideR
 def _split(rows: list[SlideRow], chosen: CohortParams, seed: int) -> list[SlideRow]:
     """Fill in the splits that the source leaves open, patient by patient, alike in every class."""
     for name in ("test_share", "val_share"):
-        if not 0 < getattr(chosen, name) < 1:
-            raise ValueError(
-                f"cohort.{name} is {getattr(chosen, name)}: it must lie within 0 and 1"
-            )
+        share = getattr(chosen, name)
+        if not 0 < share < 1:
+            raise ValueError(f"cohort.{name} is {share}: it must be above 0 and below 1")
     given = {row.patient: row.split for row in rows}
     if not all(given.values()) and any(given.values()):
         open_ = next(patient for patient, split in given.items() if not split)
@@ -162,9 +160,8 @@ def _draw(
 def _patient_label(rows: list[SlideRow], patient: str) -> str:
     """A patient's rarest label decides, so that no class is lost among mixed patients."""
     counts = Counter(row.label for row in rows)
-    return min(
-        (row.label for row in rows if row.patient == patient), key=lambda it: (counts[it], it)
-    )
+    labels = {row.label for row in rows if row.patient == patient}
+    return min(labels, key=lambda label: (counts[label], label))
 
 
 def _check_splits(rows: list[SlideRow]) -> None:

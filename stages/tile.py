@@ -114,7 +114,7 @@ def _grid(slide: slides.Slide, settings: TileParams) -> np.ndarray:
 
 
 def foreground(slide: slides.Slide, corners: np.ndarray, settings: TileParams) -> np.ndarray:
-    """Which positions hold cells, bool [position]; reads the slide once, a row of patches a time."""
+    """Which positions hold cells, bool [position]; the slide is read once, in rows of patches."""
     mpp = max(FOREGROUND_MPP, settings.mpp)
     side = max(1, round(settings.patch_px * settings.mpp / mpp))
     white = np.percentile(slide.thumbnail(THUMBNAIL_PX), BACKGROUND_PERCENTILE, axis=(0, 1))

@@ -5,6 +5,7 @@ read whole by Pillow and look like a slide of one level.
 """
 
 import math
+import warnings
 from pathlib import Path
 
 import cv2
@@ -16,6 +17,8 @@ from PIL import Image, UnidentifiedImageError
 FINER_SHARE = 0.05
 PLAUSIBLE_MPP = (0.02, 40.0)
 ANISOTROPY = 0.02  # largest relative difference of mpp along x and y
+# Pillow would open the thumbnail page of some of these, and pass it for the slide.
+WHOLE_SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"}
 Image.MAX_IMAGE_PIXELS = 1 << 29
 
 
@@ -102,13 +105,16 @@ class _Plain:
 
     def __init__(self, path: Path) -> None:
         self.properties: dict[str, str] = {}
+        if path.suffix.lower() in WHOLE_SLIDE_SUFFIXES:
+            raise ValueError(f"slide {path.name} is damaged: OpenSlide does not know it as a slide")
         try:
-            with Image.open(path) as image:
+            # Pillow warns of damaged EXIF blocks, which are not pixels.
+            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
                 self._image = _eight_bit(image, path)
         except UnidentifiedImageError:
             raise ValueError(
-                f"slide {path.name} is of no format that OpenSlide or Pillow reads: convert it to "
-                "a pyramidal TIFF, or take it out of the cohort"
+                f"slide {path.name} is damaged or of no format that OpenSlide or Pillow reads: "
+                "copy it again, convert it to a pyramidal TIFF, or take it out of the cohort"
             ) from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"slide {path.name} is damaged: {error}; copy it again") from None
