@@ -21,7 +21,7 @@ def threshold_from(labels: Labels, probability: Probability) -> float:
     candidates = np.append((levels[1:] + levels[:-1]) / 2, 0.5)
     balanced = [balanced_accuracy_score(labels, probability >= at) for at in candidates]
     equal = candidates[np.isclose(balanced, max(balanced), rtol=0, atol=1e-12)]
-    return float(min(equal, key=lambda at: (abs(at - 0.5), at)))
+    return float(min(equal, key=lambda at: (round(abs(at - 0.5), 12), at)))
 
 
 def score(labels: Labels, probability: Probability, threshold: float) -> dict[str, float]:
@@ -80,13 +80,9 @@ def _finite_roc(labels: Labels, probability: Probability) -> tuple[np.ndarray, .
 def _at_rates(
     curve: tuple[np.ndarray, ...], rates: Float[np.ndarray, " rate"]
 ) -> Float[np.ndarray, "point 3"]:
-    false_rate = curve[0]
-    ends = []
-    for side in ("left", "right"):
-        # `np.interp` between the points on either side of a rate, at the end of the step we want.
-        at = np.unique(false_rate)
-        index = np.searchsorted(false_rate, at, side) - (side == "right")
-        ends.append([np.interp(rates, at, column[index]) for column in curve[1:]])
-    (lower, high), (upper, low) = ends
-    both = np.stack([[rates, lower, high], [rates, upper, low]])  # [end, column, rate]
+    false_rate, *columns = curve
+    # Of equal abscissae np.interp takes the last: the upper end of a step, or mirrored the lower.
+    upper = [np.interp(rates, false_rate, column) for column in columns]
+    lower = [np.interp(-rates, -false_rate[::-1], column[::-1]) for column in columns]
+    both = np.stack([[rates, *lower], [rates, *upper]])  # [end, column, rate]
     return both.transpose(2, 0, 1).reshape(-1, 3)

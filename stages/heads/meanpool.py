@@ -78,4 +78,10 @@ def _fitted(pooled: Float64[np.ndarray, "slide dim"], labels: Labels, strength: 
     model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=ITERATIONS))
     with warnings.catch_warnings():
         warnings.simplefilter("error", ConvergenceWarning)
-        return model.fit(pooled, labels)
+        try:
+            return model.fit(pooled, labels)
+        except ConvergenceWarning:
+            raise ValueError(
+                f"logistic regression with C = {strength} did not converge in {ITERATIONS} steps: "
+                "remove it from evaluate.meanpool.strengths"
+            ) from None
