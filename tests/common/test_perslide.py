@@ -1,0 +1,126 @@
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from stages.common import cache, perslide
+from stages.common.perslide import Job
+from tests.common import toy
+
+CODE = ("stages.common.stores",)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A repository of its own, with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    (tmp_path / "params.yaml").write_text('engine:\n  workers: 2\n  scheduler: ""\n')
+
+
+def jobs(*names: str, inputs: tuple[str, ...] = ("digest",), **failures: str) -> list[Job]:
+    plain = [Job(name, inputs) for name in names]
+    return plain + [Job(name, inputs, {"failure": how}) for name, how in failures.items()]
+
+
+def run(work: list[Job], **settings: int) -> None:
+    perslide.run("toy", toy.make, work, Path("data/toy"), code=CODE, settings=settings)
+
+
+def made() -> int:
+    return len(list((cache.root() / "toy").glob("*/*/made.json")))
+
+
+def test_makes_once_and_links_ever_after(caplog):
+    caplog.set_level("INFO")
+    run(jobs("a", "b"), depth=1)
+    assert "toy: 2 slides to make, 0 reused" in caplog.text
+    first = Path("data/toy/a/inner/value.txt")
+    inode = first.stat().st_ino
+    assert first.read_text() == "a ('digest',)"
+    caplog.clear()
+    run(jobs("a", "b", "c"), depth=1)
+    assert "toy: 1 slides to make, 2 reused" in caplog.text
+    assert first.stat().st_ino == inode  # a hard link: the disk holds it once
+    run(jobs("c"), depth=1)
+    assert sorted(path.name for path in Path("data/toy").iterdir()) == ["c"]
+
+
+def test_input_settings_and_slide_id_decide_and_going_back_is_free():
+    run(jobs("a"), depth=1)
+    run(jobs("a"), depth=2)
+    run(jobs("a", inputs=("other",)), depth=1)
+    assert made() == 3
+    run(jobs("a"), depth=1)
+    assert made() == 3
+    assert Path("data/toy/a/inner/value.txt").read_text() == "a ('digest',)"
+
+
+def test_results_are_read_only_and_described():
+    run(jobs("a"))
+    folder = Path("data/toy/a")
+    assert all(path.stat().st_mode & 0o222 == 0 for path in folder.rglob("*") if path.is_file())
+    said = cache.describe(folder)
+    assert said["slide_id"] == "a" and said["inputs"] == ["digest"] and said["stage"] == "toy"
+
+
+def test_pictures_do_not_count_as_content():
+    run(jobs("a"), depth=1)
+    before = cache.content(Path("data/toy/a"))
+    run(jobs("a"), depth=2)
+    assert cache.content(Path("data/toy/a")) == before
+
+
+def test_failures_name_the_slide_and_lose_nothing():
+    work = jobs("a", "b", "c", bad="raise", dead="kill", full="full")
+    with pytest.raises(ValueError, match="3 of 6 slides failed; the others are kept") as error:
+        run(work)
+    text = str(error.value)
+    assert "bad: slide bad is cut short" in text
+    assert re.search("dead: its worker process died", text)
+    assert "full: no space left on the disk" in text
+    assert made() == 3
+    assert not list(cache.root().glob("toy/*/*.tmp.*"))
+    run(jobs("a", "b", "c"))
+    assert made() == 3
+
+
+def test_sweeps_what_a_killed_process_left(tmp_path):
+    run(jobs("a"))
+    host = os.uname().nodename
+    dead = cache.root() / "toy" / "ab" / f"{'a' * 64}.{host}.4194399.tmp"
+    alive = cache.root() / "toy" / "ab" / f"{'a' * 64}.{host}.{os.getpid()}.tmp"
+    dead.mkdir(parents=True)
+    alive.mkdir()
+    cache.sweep("toy")
+    assert not dead.exists() and alive.exists()
+
+
+def test_pulled_outputs_refill_the_cache(tmp_path, monkeypatch):
+    run(jobs("a", "b"), depth=1)
+    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "elsewhere"))
+    assert cache.import_outputs() == 2
+    assert made() == 2
+    assert cache.import_outputs() == 0
+
+
+def test_import_refuses_a_key_that_leaves_the_cache(tmp_path):
+    folder = Path("data/toy/a")
+    folder.mkdir(parents=True)
+    (folder / "made.json").write_text('{"stage": "toy", "key": "../../etc", "content": "c"}')
+    with pytest.raises(ValueError, match="names stage 'toy', key '../../etc'"):
+        cache.import_outputs()
+
+
+def test_the_cache_is_found_from_a_temporary_copy(tmp_path, monkeypatch):
+    monkeypatch.delenv("CYTOSSL_CACHE")
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "parent"))
+    assert cache.root() == tmp_path / "parent" / ".cytossl"
+
+
+def test_content_of_an_unfinished_result_is_an_error():
+    with pytest.raises(FileNotFoundError, match="run `dvc repro toy` first"):
+        cache.content(Path("data/toy/a"))

@@ -1,0 +1,21 @@
+"""Per-slide work for the engine's tests: it must be importable in worker processes."""
+
+import os
+import signal
+from pathlib import Path
+
+from stages.common.perslide import Job
+
+
+def make(folder: Path, job: Job) -> None:
+    """Write a file, or fail in the way that the job's arguments ask for."""
+    failure = job.arguments.get("failure")
+    if failure == "raise":
+        raise ValueError(f"slide {job.slide_id} is cut short")
+    if failure == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if failure == "full":
+        raise OSError(28, "No space left on device")
+    (folder / "inner").mkdir()
+    (folder / "inner" / "value.txt").write_text(f"{job.slide_id} {job.inputs}")
+    (folder / "picture.jpg").write_bytes(os.urandom(8))
