@@ -1,0 +1,198 @@
+"""Stage 4, perturb: keep some nuclei of every patch and shuffle the pixels around them.
+
+    reads   data/tile/<slide>/patches.zarr, data/detect/<slide>/nuclei.zarr
+    writes  data/perturb/<slide>/views.zarr    perturbed patches, the retained nuclei of each
+            data/perturb/<slide>/examples.jpg  some patches, original beside perturbed
+            data/perturb/metrics.json          slides, views, points, ...
+
+Run it with `dvc repro perturb`; its settings are the `perturb` section of params.yaml. With
+`perturb.enabled: false` nuclei-centered perturbation is off altogether: every patch passes
+unchanged and no points are kept, so that crops fall anywhere, as in plain DINO.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from cytossl_core.perturbation import near_points, perturb
+from stages.common import cache, params, perslide, run, stores
+from stages.common.perslide import Job
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 6  # pairs in examples.jpg, two a row
+EXAMPLE_PX = 384
+MARK_RGB = (0, 140, 70)
+
+
+@dataclass(frozen=True)
+class PerturbParams:
+    """The section `perturb`."""
+
+    enabled: bool  # false: patches pass unchanged and crops are not centered on nuclei
+    retain_share: float  # of a patch's nuclei, above 0 to 1; at least one nucleus is retained
+    radius_um: float  # of the discs left unshuffled, microns; the paper's 50 px at 40x are 12.5
+
+    def __post_init__(self) -> None:
+        """Refuse values that retain nothing."""
+        if not 0 < self.retain_share <= 1:
+            raise ValueError(
+                f"perturb.retain_share is {self.retain_share}: it must be above 0, up to 1"
+            )
+        if not 0 < self.radius_um < math.inf:
+            raise ValueError(f"perturb.radius_um is {self.radius_um}: it must be above 0")
+
+
+@dataclass(frozen=True)
+class View:
+    """One row of the view store before its pixels are made."""
+
+    source: int  # row of the tile store
+    points: np.ndarray  # float32 [points, 2]: retained nuclei, (x, y) in patch pixels
+    seed: int  # of the shuffle, int64
+
+
+def main(
+    source: Path = Path("data/tile"),
+    nuclei: Path = Path("data/detect"),
+    target: Path = Path("data/perturb"),
+) -> None:
+    """Make the views of every slide that has patches and nuclei."""
+    settings = params.load(PerturbParams, "perturb")
+    seed = params.load(params.Top).seed
+    names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
+    jobs = [_job(name, source / name, nuclei / name, settings, seed) for name in names]
+    decisive = {**asdict(settings), "seed": seed}
+    perslide.run("perturb", make, jobs, target, code=("stages.perturb",), settings=decisive)
+    metrics = _metrics([target / name for name in names])
+    if not metrics["views"]:
+        raise ValueError(
+            f"none of {len(names)} slides has a nucleus in any patch: look at {nuclei}/*/"
+            "overlay.jpg and make the detector less strict (section detect of params.yaml), or "
+            "set perturb.enabled to false"
+        )
+    run.write_metrics(target / "metrics.json", metrics)
+    logger.info("perturb: %(views)d views around %(points)d nuclei", metrics)
+
+
+def _job(name: str, tiles: Path, found: Path, settings: PerturbParams, seed: int) -> Job:
+    inputs = (cache.content(tiles), cache.content(found))
+    arguments = {"tiles": tiles.resolve(), "nuclei": found.resolve()}
+    return Job(name, inputs, {**arguments, "params": settings, "seed": seed})
+
+
+def _metrics(folders: list[Path]) -> dict[str, float]:
+    views = [stores.open_views(folder / "views.zarr") for folder in folders]
+    count = sum(len(store) for store in views)
+    kept = sum(store.attributes["pixels_kept"] * len(store) for store in views)
+    return {
+        "slides": len(views),
+        "views": count,
+        "points": sum(len(store.arrays["point"]) for store in views),
+        "patches_without_nuclei": sum(store.attributes["patches_unused"] for store in views),
+        "pixels_kept": kept / count if count else 0.0,
+    }
+
+
+def make(folder: Path, job: Job) -> None:
+    """Write one slide's view store and examples."""
+    settings = job.arguments["params"]
+    patches = stores.open_patches(job.arguments["tiles"] / "patches.zarr")
+    found = stores.open_nuclei(job.arguments["nuclei"] / "nuclei.zarr")
+    radius_px = settings.radius_um / patches.attributes["mpp"]
+    views = choose(patches, found, settings, job.arguments["seed"])
+    if settings.enabled:
+        kept = [_kept_share(view.points, radius_px, patches.patch_px) for view in views]
+        pixels = (_shuffled(patches[view.source], view, radius_px) for view in views)
+    else:
+        kept = [1.0] * len(views)
+        pixels = (patches[view.source] for view in views)
+    attributes = {
+        **{name: patches.attributes[name] for name in ("slide_id", "mpp", "slide_mpp")},
+        "input": "+".join(job.inputs),
+        "patches_unused": len(patches) - len(views),
+        "pixels_kept": float(np.mean(kept)) if views else 0.0,
+    }
+    stores.create_views(
+        folder / "views.zarr",
+        pixels,
+        np.concatenate([np.empty((0, 2)), *(view.points for view in views)]),
+        np.repeat(np.arange(len(views)), [len(view.points) for view in views]),
+        np.array([view.source for view in views], dtype=np.int64),
+        patches.patch_px,
+        attributes,
+    )
+    _draw(patches, stores.open_views(folder / "views.zarr"), folder / "examples.jpg")
+
+
+def choose(
+    patches: stores.PatchStore, found: stores.Nuclei, settings: PerturbParams, seed: int
+) -> list[View]:
+    """The patches that become views, in their order, and the nuclei that each retains.
+
+    What is drawn depends on (seed, slide id, row of the patch) alone: never on other patches.
+    """
+    if not settings.enabled:
+        return [View(row, np.empty((0, 2), np.float32), 0) for row in range(len(patches))]
+    scale = patches.attributes["slide_mpp"] / patches.attributes["mpp"]
+    views = []
+    for row in np.unique(found.patch_index).tolist():
+        mine = np.flatnonzero(found.patch_index == row)
+        # In float64: level-0 positions of large slides use most of float32's digits.
+        offset = found.centroid[mine].astype(np.float64) - patches.origin[row]
+        generator = _generator(seed, patches.attributes["slide_id"], row)
+        shuffle_seed = int(generator.integers(-(2**63), 2**63))
+        count = max(1, round(settings.retain_share * len(mine)))
+        chosen = np.sort(generator.random(len(mine)).argsort(kind="stable")[:count])
+        views.append(View(row, (offset[chosen] * scale).astype(np.float32), shuffle_seed))
+    return views
+
+
+def _generator(seed: int, slide_id: str, row: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{seed}\n{slide_id}\n{row}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+def _kept_share(points: np.ndarray, radius_px: float, patch_px: int) -> float:
+    kept = near_points(torch.from_numpy(points)[None], radius_px, patch_px, patch_px)
+    return kept.sum().item() / patch_px**2
+
+
+def _shuffled(patch: np.ndarray, view: View, radius_px: float) -> np.ndarray:
+    image = torch.from_numpy(patch.transpose(2, 0, 1).copy())[None]
+    points = torch.from_numpy(view.points)[None]
+    return perturb(image, points, radius_px, torch.tensor([view.seed]))[0].permute(1, 2, 0).numpy()
+
+
+def _draw(patches: stores.PatchStore, views: stores.ViewStore, file: Path) -> None:
+    """A contact sheet: some views, spread over the slide, each beside its original."""
+    chosen = np.unique(np.linspace(0, max(len(views) - 1, 0), EXAMPLES).astype(int))[: len(views)]
+    pairs = list(_pairs(patches, views, chosen.tolist()))
+    blank = np.full((EXAMPLE_PX, 2 * EXAMPLE_PX, 3), 255, np.uint8)
+    pairs += [blank] * (len(pairs) % 2 or 2 * (not pairs))
+    sheet = np.vstack([np.hstack(pairs[at : at + 2]) for at in range(0, len(pairs), 2)])
+    cv2.imwrite(str(file), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+
+
+def _pairs(
+    patches: stores.PatchStore, views: stores.ViewStore, chosen: list[int]
+) -> Iterator[np.ndarray]:
+    size = (EXAMPLE_PX, EXAMPLE_PX)
+    for at in chosen:
+        pair = [np.array(patches[int(views.source[at])]), np.array(views[at])]
+        for picture in pair:
+            for x, y in views.points_of(at):
+                where = (int(x), int(y))
+                cv2.drawMarker(picture, where, MARK_RGB, cv2.MARKER_CROSS, patches.patch_px // 24)
+        yield np.hstack([cv2.resize(one, size, interpolation=cv2.INTER_AREA) for one in pair])
+
+
+if __name__ == "__main__":
+    run.start(main)
