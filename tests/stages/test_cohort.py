@@ -1,0 +1,202 @@
+import csv
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from stages import cohort as stage
+from stages import index
+from stages.common import cohort
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """A repository with a folder of twelve small images of twelve patients."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    Path("slides/inner").mkdir(parents=True)
+    for number in range(12):
+        pixels = np.full((40, 50, 3), number * 20, np.uint8)
+        Image.fromarray(pixels).save(f"slides/inner/s{number:02d}.png")
+    write_params()
+    write_labels(rows())
+
+
+def rows(**changes: str) -> list[dict[str, str]]:
+    return [
+        {
+            "slide": f"inner/s{number:02d}.png",
+            "label": "malignant" if number % 2 else "benign",
+            "patient": f"p{number:02d}",
+            "mpp": "0.25",
+            **changes,
+        }
+        for number in range(12)
+    ]
+
+
+def write_labels(table: list[dict[str, str]]) -> None:
+    with Path("slides/labels.csv").open("w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(table[0]) if table else ["slide", "label"])
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def write_params(**changes: object) -> None:
+    section = {
+        "source": "folder",
+        "positive": "malignant",
+        "test_share": 0.3,
+        "val_share": 0.3,
+        "folder": {"slides": "slides", "labels": "slides/labels.csv"},
+        **changes,
+    }
+    values = {"seed": 1, "sparse_topk": 0, "irpe": "none", "cohort": section}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+
+
+def test_lists_the_slides_with_digest_and_mpp():
+    stage.main()
+    found = cohort.read_rows()
+    assert [row.slide_id for row in found] == [f"s{number:02d}" for number in range(12)]
+    assert found[3].path == "slides/inner/s03.png" and found[3].mpp == "0.25"
+    assert len({row.digest for row in found}) == 12
+    assert cohort.read_classes() == ["benign", "malignant"]
+
+
+def test_the_positive_class_is_the_last():
+    write_params(positive="benign")
+    stage.main()
+    assert cohort.read_classes() == ["malignant", "benign"]
+
+
+def test_splits_by_patient_and_alike_in_every_class():
+    table = [
+        {**row, "patient": f"p{number // 4}-{row['label']}"} for number, row in enumerate(rows())
+    ]
+    write_labels(table)
+    stage.main()
+    found = cohort.read_rows()
+    by_patient = {row.patient: row.split for row in found}
+    assert all(by_patient[row.patient] == row.split for row in found)
+    counts = Counter((row.split, row.label) for row in found)
+    assert counts == {(s, c): 2 for s in cohort.SPLITS for c in ("benign", "malignant")}
+
+
+def test_same_seed_same_split_and_another_seed_another():
+    def drawn(seed: int) -> list[str]:
+        text = Path("params.yaml").read_text()
+        Path("params.yaml").write_text(re.sub(r"seed: \d+", f"seed: {seed}", text))
+        stage.main()
+        return [row.split for row in cohort.read_rows()]
+
+    assert drawn(1) == drawn(1)
+    assert len({tuple(drawn(seed)) for seed in range(4)}) > 1
+
+
+def test_given_splits_are_kept_and_val_is_carved_out_of_train():
+    table = [
+        {**row, "split": "test" if number < 4 else "train"} for number, row in enumerate(rows())
+    ]
+    write_labels(table)
+    stage.main()
+    found = cohort.read_rows()
+    assert [row.split == "test" for row in found] == [True] * 4 + [False] * 8
+    assert {row.split for row in found[4:]} == {"train", "val"}
+
+
+def with_first(**changes: str) -> list[dict[str, str]]:
+    table = rows()
+    table[0] = {**table[0], **changes}
+    return table
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([], "labels.csv names no slides"),
+        (with_first(slide="inner/none.png"), "line 2: slide inner/none.png is not in"),
+        (with_first(slide="../secret.png"), "line 2: slide ../secret.png lies outside"),
+        (with_first(slide="/etc/passwd"), "line 2: slide /etc/passwd lies outside"),
+        (with_first(slide=""), "line 2: column slide is empty"),
+        (with_first(label=""), "line 2: slide inner/s00.png has no label"),
+        (with_first(mpp="fine"), "has mpp 'fine': it must be a number"),
+        (with_first(mpp=""), "s00.png has no mpp in its metadata: give it in the labels file"),
+        (with_first(mpp="-1"), "s00.png is said to be -1 mpp"),
+        (with_first(slide="inner/s01.png"), "slide id s01 occurs 2 times"),
+        (rows(label="benign"), "all slides have the label 'benign'"),
+        ([{"slide": "inner/s00.png"}], "labels.csv has no column label: it has slide"),
+        (rows(split="dev"), "has split 'dev': choose of train, val, test"),
+        (
+            [{**row, "split": ["train", "test"][n % 2]} for n, row in enumerate(rows(patient="p"))],
+            "patient p is in the splits test, train: put them in one",
+        ),
+        (
+            [{**row, "split": "test" if n == 3 else ""} for n, row in enumerate(rows())],
+            "patient p00 has no split and others have",
+        ),
+        (rows()[:4], "split train has no slide of class benign"),
+        ([{**row, "slide_id": f"../{n}"} for n, row in enumerate(rows())], "cannot name a folder"),
+        ([{**row, "slide_id": "a/b"} for row in rows()[:1]], "cannot name a folder"),
+        ([{**row, "slide_id": "."} for row in rows()[:1]], "cannot name a folder"),
+    ],
+)
+def test_refuses_a_bad_table_and_writes_nothing(table, message):
+    write_labels(table)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        stage.main()
+    assert not Path("data/cohort/cohort.csv").exists()
+
+
+def test_every_problem_is_told_at_once():
+    table = rows()
+    table[0]["slide"], table[1]["label"] = "inner/none.png", ""
+    write_labels(table)
+    with pytest.raises(ValueError, match="has 2 problems:\n  line 2: .*\n  line 3: "):
+        stage.main()
+    write_labels(rows())
+    for name in ("s03", "s07"):
+        Path(f"slides/inner/{name}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="has 2 problems:\n  slide s03.*\n  slide s07"):
+        stage.main()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": "clinic"}, "no 'clinic' in stages/sources: choose one of folder, synthetic"),
+        ({"positive": "cancer"}, "cohort.positive is 'cancer': the labels are benign, malignant"),
+        ({"test_share": 1.0}, "cohort.test_share is 1.0: it must be above 0 and below 1"),
+        ({"folder": {"slides": "none", "labels": "l.csv"}}, "no folder none"),
+        ({"folder": {"slides": "slides", "labels": "none.csv"}}, "no labels file"),
+    ],
+)
+def test_refuses_bad_params(changes, message):
+    write_params(**changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        stage.main()
+
+
+def test_names_with_spaces_and_accents_work():
+    Path("slides/inner/s00.png").rename("slides/inner/Lamina nº 3 (b).png")
+    write_labels(with_first(slide="inner/Lamina nº 3 (b).png"))
+    stage.main()
+    assert "Lamina nº 3 (b)" in [row.slide_id for row in cohort.read_rows()]
+
+
+def test_the_index_sees_a_replaced_slide_and_is_empty_without_a_folder():
+    index.main()
+    before = Path("data/index/slides.csv").read_text()
+    index.main()
+    assert Path("data/index/slides.csv").read_text() == before
+    Image.new("RGB", (50, 40), "red").save("slides/inner/s00.png")
+    index.main()
+    assert Path("data/index/slides.csv").read_text() != before
+    write_params(source="synthetic")
+    index.main()
+    assert Path("data/index/slides.csv").read_text() == "path,bytes,mtime_ns\n"

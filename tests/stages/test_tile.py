@@ -1,0 +1,151 @@
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import tifffile
+import yaml
+
+from stages import tile
+from stages.common import cache, cohort, slides, stores
+from stages.common.perslide import Job
+from stages.tile import TileParams
+
+PARAMS = TileParams(
+    mpp=0.5,
+    patch_px=64,
+    sampling="random",
+    patches_per_slide=5,
+    stride_px=64,
+    foreground_od=0.2,
+    foreground_um2=12.0,
+    codec="zstd",
+)
+SIDE = 1280  # level-0 pixels at 0.25 mpp: ten by ten patches of 64 px at 0.5 mpp
+CELLS = [(100, 100), (700, 300), (1216, 960)]  # centres, level-0 pixels
+
+
+def paint(path: Path, cells: list[tuple[int, int]] = CELLS) -> Path:
+    """Pale background, wide pink cytoplasm, small dark nuclei."""
+    pixels = np.full((SIDE, SIDE, 3), (244, 243, 240), np.uint8)
+    for centre in cells:
+        cv2.circle(pixels, centre, 60, (225, 150, 170), -1)
+        cv2.circle(pixels, centre, 16, (70, 50, 110), -1)
+    header = "Aperio\n|AppMag = 40|MPP = 0.25"
+    with tifffile.TiffWriter(path) as tiff:
+        tiff.write(
+            pixels,
+            tile=(256, 256),
+            photometric="rgb",
+            compression="jpeg",
+            description=header,
+            metadata=None,
+        )
+    return path
+
+
+def row(path: Path, slide_id: str = "s") -> cohort.SlideRow:
+    return cohort.SlideRow(slide_id, str(path), "a", "p", "train", "0.25", "digest")
+
+
+def make(folder: Path, path: Path, slide_id: str = "s", seed: int = 0, **changes) -> Path:
+    settings = replace(PARAMS, **changes)
+    arguments = {"row": row(path, slide_id), "params": settings, "seed": seed}
+    folder.mkdir()
+    tile.make(folder, Job(slide_id, ("digest",), arguments))
+    return folder / "patches.zarr"
+
+
+def test_random_takes_the_patches_with_nuclei_and_no_cytoplasm(tmp_path):
+    store = stores.open_patches(make(tmp_path / "out", paint(tmp_path / "s.svs")))
+    holding = {(x // 128 * 128, y // 128 * 128) for x, y in CELLS}
+    assert {tuple(map(int, corner)) for corner in store.origin} == holding
+    assert store.attributes["mpp"] == 0.5 and store.attributes["slide_mpp"] == 0.25
+
+
+def test_pixels_are_the_slides_at_the_mpp_asked_for(tmp_path):
+    path = paint(tmp_path / "s.svs")
+    store = stores.open_patches(make(tmp_path / "out", path))
+    slide = slides.Slide(path)
+    for at, (x0, y0) in enumerate(store.origin):
+        whole = slide.read(int(x0), int(y0), 128, 128, 0.25)
+        judge = whole.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+        assert np.abs(store[at] - judge).max() <= 1
+
+
+def test_grid_steps_and_all_keeps_the_background(tmp_path):
+    path = paint(tmp_path / "s.svs")
+    dense = stores.open_patches(make(tmp_path / "a", path, sampling="all"))
+    assert len(dense) == 100
+    assert np.array_equal(dense.origin[:3], [[0, 0], [128, 0], [256, 0]])
+    sliding = stores.open_patches(make(tmp_path / "b", path, sampling="grid", stride_px=32))
+    corners = sliding.origin
+    assert (corners % 64 == 0).all() and len(corners) > 3
+    centres = np.array(CELLS)
+    inside = (corners[:, None] <= centres + 16) & (corners[:, None] + 128 >= centres - 16)
+    assert inside.all(axis=2).any(axis=1).all()
+
+
+def test_the_draw_depends_on_seed_and_slide_id_alone(tmp_path):
+    everywhere = [(x, y) for x in range(64, SIDE, 128) for y in range(64, SIDE, 128)]
+    path = paint(tmp_path / "s.svs", everywhere)
+
+    def drawn(name: str, **changes: object) -> np.ndarray:
+        return stores.open_patches(make(tmp_path / name, path, **changes)).origin
+
+    first = drawn("a")
+    assert first.shape == (5, 2)
+    assert np.array_equal(first, drawn("b"))
+    assert not np.array_equal(first, drawn("c", seed=1))
+    assert not np.array_equal(first, drawn("d", slide_id="t"))
+
+
+def test_same_slide_same_bytes(tmp_path):
+    path = paint(tmp_path / "s.svs")
+    trees = [make(tmp_path / name, path, codec="jpeg") for name in "ab"]
+    files = [sorted(p for p in tree.rglob("*") if p.is_file()) for tree in trees]
+    assert [p.read_bytes() for p in files[0]] == [p.read_bytes() for p in files[1]]
+
+
+def test_the_thumbnail_shows_the_patches(tmp_path):
+    make(tmp_path / "out", paint(tmp_path / "s.svs"))
+    picture = cv2.imread(str(tmp_path / "out" / "thumbnail.jpg"))[..., ::-1].astype(int)
+    near = np.abs(picture - tile.MARK_RGB).sum(axis=-1) < 60
+    assert near.sum() > 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mpp": 0.1}, "is 0.25 mpp, and 0.1 mpp patches would be invented"),
+        ({"patch_px": 2000}, "smaller than a patch: lower tile.patch_px"),
+        ({"foreground_od": 9.0}, "slide s has no foreground: lower tile.foreground_od"),
+    ],
+)
+def test_refuses_what_gives_no_patches(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path / "out", paint(tmp_path / "s.svs"), **changes)
+
+
+def test_refuses_params_below_zero():
+    with pytest.raises(ValueError, match="tile.mpp is 0: it must be above 0"):
+        replace(PARAMS, mpp=0)
+
+
+def test_the_stage_tiles_a_cohort_and_redoes_one_slide_only(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
+    values = {"seed": 0, "sparse_topk": 0, "irpe": "none", "tile": asdict(PARAMS)}
+    values["engine"] = {"workers": 1, "scheduler": ""}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    rows = [row(paint(tmp_path / f"{name}.svs"), name) for name in "ab"]
+    cohort.write_rows(Path("data/cohort"), rows, ["a", "b"])
+    caplog.set_level("INFO")
+    tile.main()
+    assert "tile: 2 slides to make, 0 reused" in caplog.text
+    cohort.write_rows(Path("data/cohort"), [rows[0], replace(rows[1], digest="other")], ["a", "b"])
+    tile.main()
+    assert "tile: 1 slides to make, 1 reused" in caplog.text
+    assert cache.describe(Path("data/tile/b"))["inputs"][0] == "other"
+    assert len(stores.open_patches(Path("data/tile/a/patches.zarr"))) == 3
