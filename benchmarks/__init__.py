@@ -1,0 +1,1 @@
+"""Scripts that measure; their figures stand in BENCHMARKS.md."""
