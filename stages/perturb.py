@@ -190,7 +190,7 @@ def _pairs(
         for picture in pair:
             for x, y in views.points_of(at):
                 where = (int(x), int(y))
-                cv2.drawMarker(picture, where, MARK_RGB, cv2.MARKER_CROSS, patches.patch_px // 24)
+                cv2.circle(picture, where, patches.patch_px // 36, MARK_RGB, 2)
         yield np.hstack([cv2.resize(one, size, interpolation=cv2.INTER_AREA) for one in pair])
 
 
