@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cytossl_core.attention.cpu import pairs_attention
 from cytossl_core.attention.inputs import Inputs, check
 from cytossl_core.attention.reference import reference_attention
 from cytossl_core.attention.sparse import sparse_attention
@@ -71,7 +72,15 @@ def _choose(x: Inputs, backend: str):
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend != "reference":
-        return sparse_attention
+        return pairs_attention if _few_on_cpu(x) else sparse_attention
     if x.dropout:
         raise ValueError(f"dropout is {x.dropout} and the reference has none: take backend 'torch'")
     return reference_attention
+
+
+def _few_on_cpu(x: Inputs) -> bool:
+    """Whether working on the kept pairs alone is possible, and faster than on all pairs."""
+    learned = x.bias is not None and x.bias.requires_grad
+    possible = x.query.device.type == "cpu" and not (x.dense or x.dropout or learned)
+    few = not x.dense and 2 * x.topk <= x.key.shape[2]
+    return possible and few and not torch.compiler.is_compiling()

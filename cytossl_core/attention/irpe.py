@@ -95,7 +95,7 @@ def _check(height: int, width: int, method: str, ratio: float, special_tokens: i
         raise ValueError(f"special_tokens is {special_tokens}: it must be 0 or more")
 
 
-def _piecewise(distance: float, ratio: float) -> int:
+def _piecewise(distance: int, ratio: float) -> int:
     """Equation 18 of iRPE for a distance >= 0: exact up to alpha, then logarithmic, then clipped.
 
     The official code rounds half to even, clips at beta and truncates, beta not being whole.
@@ -116,14 +116,14 @@ def _grid_ids(height: int, width: int, method: str, ratio: float) -> Int64[Tenso
         signed = torch.cat([-axis[1:].flip(0), axis]) + beta  # index 0 is the most negative offset
         zero = len(axis) - 1
         return signed[down + zero] * (2 * beta + 1) + signed[right + zero]
-    power = 0.5 if method == "euclidean" else 1
+    power = 0.5 if method == "euclidean" else 1.0
     table = [
         [_piecewise(_distance(y, x, power), ratio) for x in range(width)] for y in range(height)
     ]
     return torch.tensor(table)[down.abs(), right.abs()] + beta
 
 
-def _distance(down: int, right: int, power: float) -> float:
+def _distance(down: int, right: int, power: float) -> int:
     """The rounded Euclidean distance, or its square for quantization."""
     return round((down**2 + right**2) ** power)
 
