@@ -130,11 +130,16 @@ def _distance(down: int, right: int, power: float) -> int:
 
 @torch.compiler.assume_constant_result
 def _constant_ids(*key) -> Tensor:
-    """The cached ids; torch.compile and torch.export take them as a constant."""
-    return _ids(*key)
+    """The ids, from the cache unless torch.export traces, whose fake tensors must not enter it."""
+    tracing = type(torch.empty(0)) is not Tensor
+    return _ids(*key) if tracing else _cached_ids(*key)
 
 
 @lru_cache(maxsize=16)
+def _cached_ids(*key) -> Tensor:
+    return _ids(*key)
+
+
 def _ids(
     height: int, width: int, method: str, ratio: float, special_tokens: int, device: torch.device
 ) -> Tensor:
