@@ -1,0 +1,109 @@
+"""Every view store of a cohort as one data set, read in an order that seed and epoch decide."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from stages.common import stores
+
+Sample = tuple[UInt8[np.ndarray, "px px 3"], Float[np.ndarray, "point 2"], int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some patches on their way to the device; crops are made there."""
+
+    patches: UInt8[Tensor, "batch px px 3"]
+    points: Float[Tensor, "batch point 2"]  # retained nuclei, x, y in patch pixels; NaN: padding
+    rows: Int64[Tensor, " batch"]  # numbers of the patches in the data set
+
+    def pin_memory(self) -> "Batch":
+        """With pixels that the device can fetch by itself."""
+        return Batch(self.patches.pin_memory(), self.points, self.rows)
+
+
+class ViewSet(Dataset[Sample]):
+    """The perturbed patches of all slides, numbered in the order of slide ids."""
+
+    def __init__(self, folders: list[Path]) -> None:
+        self.stores = [stores.open_views(folder / "views.zarr") for folder in folders]
+        self.ends = np.cumsum([len(store) for store in self.stores])
+        kinds = {(store.patch_px, store.attributes["mpp"]) for store in self.stores}
+        if len(kinds) > 1:
+            found = ", ".join(f"{px} px at {mpp} mpp" for px, mpp in sorted(kinds))
+            raise ValueError(
+                f"the slides of data/perturb have patches of {found}: they must be alike; run "
+                "`dvc repro tile` anew"
+            )
+
+    @property
+    def patch_px(self) -> int:
+        """Side of the patches, pixels."""
+        return self.stores[0].patch_px
+
+    @property
+    def mpp(self) -> float:
+        """Of the patches, microns per pixel."""
+        return float(self.stores[0].attributes["mpp"])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, row: int) -> Sample:
+        """Pixels and retained nuclei of patch number `row`, and the number."""
+        at = int(np.searchsorted(self.ends, row, side="right"))
+        store = self.stores[at]
+        inner = row - (int(self.ends[at]) - len(store))
+        return store[inner], store.points_of(inner), row
+
+
+def loader(
+    data: ViewSet, batch: int, seed: int, steps: range, workers: int, pinned: bool
+) -> DataLoader[Batch]:
+    """The batches of some steps of a run, without reading those before them."""
+    return DataLoader(
+        data,
+        batch_sampler=rows_of(len(data), batch, seed, steps),  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pinned,
+        worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator(),  # or it would draw from the stream of everyone
+    )
+
+
+def rows_of(count: int, batch: int, seed: int, steps: range) -> Iterator[list[int]]:
+    """Patch numbers of each step: all patches in a new order every epoch, an odd rest left out."""
+    order, epoch_of_order = np.empty(0, np.int64), -1
+    for step in steps:
+        epoch, at = divmod(step, count // batch)
+        if epoch != epoch_of_order:
+            order, epoch_of_order = epoch_order(count, seed, epoch), epoch
+        yield order[at * batch : (at + 1) * batch].tolist()
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"]:
+    """The order of one epoch, from nothing but seed and epoch."""
+    return np.random.default_rng([seed % 2**64, epoch]).permutation(count)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the patches; fill the lists of points up with NaN to one length."""
+    patches, points, rows = zip(*samples, strict=True)
+    padded = torch.full((len(points), max(map(len, points)), 2), torch.nan)
+    for row, of_patch in zip(padded, points, strict=True):
+        row[: len(of_patch)] = torch.from_numpy(of_patch)
+    return Batch(torch.from_numpy(np.stack(patches)), padded, torch.tensor(rows))
+
+
+def _leave_signals_to_main(_: int) -> None:
+    # A terminal and a batch system signal every process; readers must outlive the last step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,136 @@
+"""Stage 6, embed: turn each slide's patches into a bag of embeddings.
+
+    reads   data/tile/<slide>/patches.zarr          patches as they are: perturbation is for training
+            data/pretrain/<encoder>                 pretrained, or untrained for comparison
+    writes  data/embed/<encoder>/<slide>/bag.zarr   one embedding per patch, rows as in the patches
+
+Run it with `dvc repro embed`; its settings are the `embed` section of params.yaml.
+"""  # noqa: E501
+
+import functools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import nn
+
+from stages.common import cache, encoders, params, perslide, run, stores
+from stages.common.encoders import EncoderSpec
+from stages.common.perslide import Job
+
+
+@dataclass(frozen=True)
+class EmbedParams:
+    """Section embed of params.yaml."""
+
+    encoders: tuple[str, ...]  # folders of data/pretrain; each is a cell of the matrix in dvc.yaml
+    batch: int  # patches per pass of the encoder
+
+    def __post_init__(self) -> None:
+        """Refuse an empty batch."""
+        if self.batch < 1:
+            raise ValueError(f"params.yaml: embed.batch is {self.batch}: it must be 1 or more")
+
+
+def main(source: Path, encoder: Path, target: Path, settings: EmbedParams) -> None:
+    """Embed every slide.
+
+    Args:
+        source: Folder of the tile stage.
+        encoder: Folder with a saved encoder.
+        target: Folder to write to.
+        settings: Section embed.
+
+    Raises:
+        FileNotFoundError: there is no such encoder, or the tile stage has not run.
+        ValueError: slides failed, see `perslide.run`.
+    """
+    weights = encoders.digest_of(encoder)
+    folders = sorted(path for path in source.glob("*") if path.is_dir())
+    if not folders:
+        raise FileNotFoundError(f"no slides in {source}: run `dvc repro tile`")
+    jobs = [
+        Job(
+            folder.name,
+            (cache.content(folder), weights),
+            {
+                "patches": (folder / "patches.zarr").resolve(),
+                "encoder": encoder.resolve(),
+                "weights": weights,
+                "batch": settings.batch,
+            },
+        )
+        for folder in folders
+    ]
+    code = ("stages.embed",)
+    perslide.run("embed", make, jobs, target, code=code, settings={"batch": settings.batch})
+
+
+def make(folder: Path, job: Job) -> None:
+    """Write one slide's bag."""
+    given = job.arguments
+    patches = stores.open_patches(given["patches"])
+    model, spec = _encoder(given["encoder"], given["weights"])
+    _check_resolution(patches, spec, job.slide_id)
+    names = ("slide_id", "mpp", "slide_mpp")
+    attributes = {name: patches.attributes[name] for name in names}
+    stores.create_bag(
+        folder / "bag.zarr",
+        embed(patches, model, spec, given["batch"]),
+        patches.origin,
+        {**attributes, "input": "+".join(job.inputs)},
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: Path, weights: str) -> tuple[nn.Module, EncoderSpec]:
+    """Load once per process; `weights` tells encoders at one path apart."""
+    torch.set_num_threads(1)  # one process per core; and sums are added in one order
+    model, spec = encoders.load(folder)
+    if encoders.digest_of(folder) != weights:
+        raise ValueError(f"{folder} changed while it was in use: run `dvc repro embed` again")
+    return model.to(_device()), spec
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: str) -> None:
+    found = (patches.patch_px, patches.attributes["mpp"])
+    if found != (spec.patch_px, spec.mpp):
+        raise ValueError(
+            f"slide {slide_id} has patches of {found[0]} px at {found[1]} mpp, and the encoder was "
+            f"trained on {spec.patch_px} px at {spec.mpp} mpp: cut alike (tile) or train anew"
+        )
+
+
+@torch.inference_mode()
+def embed(
+    patches: stores.PatchStore, model: nn.Module, spec: EncoderSpec, batch: int
+) -> Float32[np.ndarray, "patch dim"]:
+    """The class token of each patch, in the order of the patches."""
+    device = next(model.parameters()).device
+    parts = [np.empty((0, model.num_features), np.float32)]
+    for start in range(0, len(patches), batch):
+        rows = range(start, min(start + batch, len(patches)))
+        pixels = torch.from_numpy(np.stack([patches[row] for row in rows])).to(device)
+        parts.append(model(encoders.prepare(pixels, spec)).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def command() -> None:
+    """`python -m stages.embed <encoder>`: the name of one cell of the matrix."""
+    if len(sys.argv) != 2:
+        raise ValueError(f"embed got {sys.argv[1:]}: give an encoder, pretrained or untrained")
+    name = sys.argv[1]
+    data = Path("data")
+    settings = params.load(EmbedParams, "embed")
+    main(data / "tile", data / "pretrain" / name, data / "embed" / name, settings)
+
+
+if __name__ == "__main__":
+    run.start(command)

@@ -1,0 +1,37 @@
+"""What `stages.pretrain` asks of a method: `build(encoder, params, image_px)` returns one."""
+
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from stages.common.views import ViewPolicy
+
+
+class Method(Protocol):
+    """A module whose forward is the loss; parameters that require a gradient are trained.
+
+    All that a resumed run needs lies in parameters and buffers. `progress` is the share of all
+    steps taken before this one, 0 to below 1; schedules are functions of it.
+    """
+
+    view_policies: list[ViewPolicy]  # how views are made
+    encoder: nn.Module  # what is saved
+
+    def __call__(
+        self, views: list[Float[Tensor, "batch 3 px px"]], progress: float
+    ) -> Float[Tensor, ""]:
+        """The loss; `views` are those of `make_views`: in the order of `view_policies`."""
+        ...
+
+    def after_backward(self, progress: float) -> None:
+        """Change gradients, after they were clipped."""
+        ...
+
+    def after_step(self, progress: float) -> None:
+        """Move what no gradient moves: averages, queues."""
+        ...
+
+    def monitor(self, progress: float) -> dict[str, float]:
+        """Numbers that show the health of training, of the last forward."""
+        ...

@@ -1,0 +1,155 @@
+"""Encoders: built by timm, with our attention, saved and loaded without a difference."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.common import encoders
+from stages.common.encoders import EncoderSpec
+
+SPEC = EncoderSpec(
+    architecture="test_vit",
+    image_px=40,
+    token_px=8,
+    sparse_topk=3,
+    irpe="qkv",
+    mean=(0.5, 0.25, 0.1),
+    std=(0.2, 0.3, 0.4),
+    patch_px=61,
+    mpp=0.5,
+)
+
+
+def changed(**values) -> EncoderSpec:
+    return dataclasses.replace(SPEC, **values)
+
+
+@pytest.fixture
+def model():
+    """An encoder whose every weight differs from where it began."""
+    torch.manual_seed(3)
+    model = encoders.build(SPEC).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
+def images(side: int) -> torch.Tensor:
+    return torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(side))
+
+
+def test_dense_encoder_without_positions_is_timms():
+    ours = encoders.build(changed(sparse_topk=0, irpe="none")).eval()
+    theirs = timm.create_model("test_vit", img_size=40, patch_size=8, num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(images(40)), theirs(images(40)))
+
+
+def test_sparse_topk_and_irpe_reach_every_block(model):
+    for block in model.blocks:
+        assert block.attn.topk == 3
+        assert block.attn.table_v is not None
+
+
+def test_output_is_the_class_token_at_any_multiple_of_the_token(model):
+    for side in (40, 16, 56):
+        with torch.no_grad():
+            assert torch.equal(model(images(side)), model.forward_features(images(side))[:, 0])
+
+
+def test_loaded_encoder_gives_equal_bits(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {"method": "dino"})
+    loaded, spec = encoders.load(tmp_path)
+    assert spec == SPEC
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images(40)), model(images(40)))
+
+
+def test_equal_weights_give_equal_bytes(model, tmp_path):
+    for name in ("a", "b"):
+        encoders.save(tmp_path / name, model, SPEC, {"method": "dino"})
+    for name in (encoders.WEIGHTS, encoders.DESCRIPTION):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_digest_follows_weights_and_spec_but_not_provenance(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {"steps": 0})
+    before = encoders.digest_of(tmp_path)
+    encoders.save(tmp_path, model, SPEC, {"steps": 1})
+    assert encoders.digest_of(tmp_path) == before
+    encoders.save(tmp_path, model, changed(image_px=48), {})
+    assert encoders.digest_of(tmp_path) != before
+    with torch.no_grad():
+        model.blocks[0].attn.table_k[0, 0, 0] += 1
+    encoders.save(tmp_path, model, SPEC, {})
+    assert encoders.digest_of(tmp_path) != before
+
+
+def test_rejects_weights_of_another_run(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {})
+    weights = load_file(tmp_path / encoders.WEIGHTS)
+    save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, tmp_path / encoders.WEIGHTS)
+    with pytest.raises(ValueError, match=r"is not the file that encoder\.json .* describes"):
+        encoders.load(tmp_path)
+
+
+def test_says_which_weights_the_spec_does_not_know(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {})
+    edit_spec(tmp_path, irpe="k")
+    with pytest.raises(ValueError, match=r"none missing, 12 tensors \(blocks.0.attn.table_q"):
+        encoders.load(tmp_path)
+
+
+def test_says_which_weight_has_another_shape(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {})
+    edit_spec(tmp_path, image_px=48)
+    with pytest.raises(ValueError, match=r"pos_embed is \[1, 26, 64\]: the spec needs \[1, 37"):
+        encoders.load(tmp_path)
+
+
+def edit_spec(folder, **values) -> None:
+    described = json.loads((folder / encoders.DESCRIPTION).read_text())
+    described["spec"].update(values)
+    (folder / encoders.DESCRIPTION).write_text(json.dumps(described))
+
+
+def test_says_what_to_run_where_there_is_no_encoder(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="run `dvc repro pretrain`"):
+        encoders.load(tmp_path)
+    encoders.save(tmp_path, model, SPEC, {})
+    (tmp_path / encoders.WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"encoder\.safetensors: run"):
+        encoders.load(tmp_path)
+
+
+def test_rejects_an_architecture_that_timm_lacks():
+    with pytest.raises(ValueError, match="vit_tinny.* no vision transformer .* vit_tiny_patch16"):
+        encoders.build(changed(architecture="vit_tinny_patch16_224"))
+    with pytest.raises(ValueError, match="resnet50.* no vision transformer"):
+        encoders.build(changed(architecture="resnet50"))
+
+
+def test_rejects_an_image_that_tokens_do_not_fill():
+    with pytest.raises(ValueError, match="image of 41 px is no whole number of tokens of 8 px"):
+        encoders.build(changed(image_px=41))
+
+
+def test_prepare_only_normalises_what_has_the_right_side():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
+    got = encoders.prepare(torch.from_numpy(pixels), SPEC)
+    wanted = (pixels / 255 - np.array(SPEC.mean)) / np.array(SPEC.std)
+    np.testing.assert_allclose(got.permute(0, 2, 3, 1), wanted, rtol=0, atol=1e-5)
+
+
+def test_prepare_shrinks_without_aliasing():
+    checks = np.indices((80, 80)).sum(0) % 2 * 255
+    pixels = torch.from_numpy(np.repeat(checks[None, ..., None], 3, -1).astype(np.uint8))
+    plain = changed(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    inner = encoders.prepare(pixels, plain)[..., 2:-2, 2:-2]
+    torch.testing.assert_close(inner, torch.full_like(inner, 0.5), rtol=0, atol=1e-3)
