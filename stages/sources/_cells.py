@@ -26,10 +26,10 @@ class Recipe:
 
 
 RECIPES = {
-    "superficial": Recipe((42, 58), (5.8, 7.2), True, (0.26, 0.62), (0.85, 1.15), 0.08, 0.03, 0.85),
-    "intermediate": Recipe((35, 50), (7.8, 9.2), True, (0.24, 0.7), (0.6, 0.9), 0.2, 0.03, 0.1),
-    "parabasal": Recipe((16, 25), (8.6, 10.2), False, (0.55, 0.95), (0.55, 0.85), 0.2, 0.03, 0.05),
-    "abnormal": Recipe((17, 29), (11.5, 16), False, (0.5, 1.0), (0.8, 1.2), 0.42, 0.11, 0.25),
+    "superficial": Recipe((42, 60), (5.6, 7.0), True, (0.4, 0.95), (0.8, 1.1), 0.08, 0.05, 0.85),
+    "intermediate": Recipe((36, 52), (7.6, 9.0), True, (0.4, 1.1), (0.5, 0.8), 0.2, 0.04, 0.08),
+    "parabasal": Recipe((16, 25), (8.6, 10.2), False, (0.8, 1.5), (0.5, 0.8), 0.2, 0.03, 0.05),
+    "abnormal": Recipe((17, 29), (11.5, 16), False, (0.8, 1.6), (0.75, 1.1), 0.42, 0.11, 0.25),
 }
 
 
@@ -76,15 +76,15 @@ def rounded(
 def angular(
     radius: float, stretch: float, rng: np.random.Generator
 ) -> Float[np.ndarray, "corner 2"]:
-    """A closed polygon with soft corners around (0, 0), in the unit of `radius`."""
+    """A closed polygon with worn corners and edges around (0, 0), in the unit of `radius`."""
     count = rng.integers(5, 10)
-    angle = (np.arange(count) + rng.uniform(-0.32, 0.32, count)) * 2 * np.pi / count
-    length = radius * rng.uniform(0.84, 1.14, count)
+    angle = (np.arange(count) + rng.uniform(-0.36, 0.36, count)) * 2 * np.pi / count
+    length = radius * rng.uniform(0.76, 1.16, count)
     points = np.stack([length * np.cos(angle), length * np.sin(angle)], 1)
-    for cut in (rng.uniform(0.12, 0.3), 0.25):
-        points = _corners_cut(points, cut)
-    points += rng.normal(0, 0.012 * radius, points.shape)
-    return _turned(_corners_cut(_corners_cut(points, 0.25), 0.25), stretch, rng)
+    points = _corners_cut(points, rng.uniform(0.08, 0.28))
+    for wear in (0.035, 0.02, 0.012):
+        points = _corners_cut(points, 0.25) + rng.normal(0, wear * radius, (2 * len(points), 2))
+    return _turned(_corners_cut(points, 0.25), stretch, rng)
 
 
 def _corners_cut(
@@ -114,38 +114,56 @@ def filled(outline: Float[np.ndarray, "corner 2"], side: int) -> Float32[np.ndar
 def cytoplasm(
     outline: Float[np.ndarray, "corner 2"], side: int, grain: Grain, rng: np.random.Generator
 ) -> Float32[np.ndarray, "side side"]:
-    """Translucent, thinner towards the edge, with folds, creases and granules; about 1 inside."""
-    mask = filled(outline, side)
-    if rng.random() < 0.45:
-        mask = _folded(mask, outline, side, rng)
-    depth = cv2.distanceTransform((mask > 0.5).view(np.uint8), cv2.DIST_L2, 3) * grain.mpp
-    rim = rng.uniform(0.1, 0.7) * np.exp(-depth / (2 * EDGE_UM))
-    body = rng.uniform(0.5, 0.85)
-    body = body + (1 - body) * (1 - np.exp(-depth / rng.uniform(4, 10)))
-    relief = 1 + rng.uniform(0.1, 0.28) * grain.cut("broad", side, rng)
-    relief += rng.uniform(0.03, 0.1) * grain.cut("coarse", side, rng)
-    relief += rng.uniform(0.03, 0.13) * grain.cut("medium", side, rng)
-    relief += rng.uniform(0.02, 0.07) * grain.cut("fine", side, rng)
-    relief += _creases(outline, side, grain.mpp, rng) + _wrinkles(side, grain, rng) + rim
-    return mask * body * np.maximum(relief, 0.15)
+    """Translucent, thinner towards the edge, folded, creased and granular; about 1 inside."""
+    layers = filled(outline, side)
+    for _ in range(min(3, rng.poisson(0.8))):
+        outline, flap = _folded(outline, side, rng)
+        layers = layers * filled(outline, side) + flap
+    inside = (layers > 0.5).view(np.uint8)
+    depth = cv2.distanceTransform(inside, cv2.DIST_L2, 3) * np.float32(grain.mpp)
+    body = rng.uniform(0.5, 0.9)
+    body = body + (1 - body) * (1 - np.exp(-depth / rng.uniform(3, 10)))
+    relief = 1 + rng.uniform(0.15, 0.35) * grain.cut("broad", side, rng)
+    relief += _granules(side, grain, rng) + _rim(depth, grain, rng)
+    relief += _creases(outline, side, grain.mpp, rng) + _wrinkles(side, grain, rng)
+    return layers * body * np.maximum(relief, 0.2)
 
 
 def _folded(
-    mask: Float32[np.ndarray, "side side"],
-    outline: Float[np.ndarray, "corner 2"],
-    side: int,
-    rng: np.random.Generator,
-) -> Float32[np.ndarray, "side side"]:
-    """Fold one edge over: what lies beyond a chord is laid back onto the cell."""
+    outline: Float[np.ndarray, "corner 2"], side: int, rng: np.random.Generator
+) -> tuple[Float[np.ndarray, "corner 2"], Float32[np.ndarray, "side side"]]:
+    """Fold one edge over: the outline cut at a chord, and what lay beyond it, laid back."""
     turn = rng.uniform(0, 2 * np.pi)
     normal = np.array([np.cos(turn), np.sin(turn)])
     along = outline @ normal
-    chord = np.quantile(along, 0.5) + rng.uniform(0.55, 0.9) * np.ptp(along) / 2
-    mirrored = outline - 2 * np.maximum(along - chord, 0)[:, None] * normal
-    flap = filled(mirrored[along > chord], side) if (along > chord).sum() > 2 else 0
-    axis = np.arange(side, dtype=np.float32) + 0.5
-    beyond = normal[0] * axis[None] + normal[1] * axis[:, None] - chord
-    return mask * np.clip(0.5 - beyond, 0, 1).astype(np.float32) + flap
+    reach = (along.max() - along.mean()) * rng.uniform(0.08, 0.5)
+    beyond = np.maximum(along - (along.max() - reach), 0)[:, None] * normal
+    return outline - beyond, filled((outline - 2 * beyond)[beyond.any(1)], side)
+
+
+def _rim(
+    depth: Float32[np.ndarray, "side side"], grain: Grain, rng: np.random.Generator
+) -> Float32[np.ndarray, "side side"]:
+    """A thin thickened edge, and stretches of edge that curl up broadly."""
+    thin = rng.uniform(0.05, 0.5) * np.exp(-depth / EDGE_UM)
+    curled = np.clip(grain.cut("broad", len(depth), rng) - rng.uniform(-0.3, 0.8), 0, 1.5)
+    return thin + rng.uniform(0.2, 1.3) * curled * np.exp(-depth / rng.uniform(0.6, 2.2))
+
+
+def _granules(
+    side: int, grain: Grain, rng: np.random.Generator
+) -> Float32[np.ndarray, "side side"]:
+    """Fine and coarse unevenness, and in some cells dark granules."""
+    strong = rng.beta(1.0, 2.5)  # few cells are very granular
+    medium = grain.cut("medium", side, rng)
+    uneven = (0.03 + 0.2 * strong) * medium + rng.uniform(0.04, 0.13) * grain.cut(
+        "coarse", side, rng
+    )
+    uneven += (0.03 + 0.1 * strong) * grain.cut("fine", side, rng)
+    if rng.random() < 0.2:
+        patch = np.clip(grain.cut("broad", side, rng), 0, 1)
+        uneven += 2.0 * patch * np.clip(medium - 1.9, 0, 0.7)
+    return uneven
 
 
 def _creases(
@@ -154,7 +172,7 @@ def _creases(
     """A few thin dark curves from the edge inwards, where the sheet is creased."""
     drawn = np.zeros((side, side), np.uint8)
     middle, step = outline.mean(0), np.linspace(0, 1, 12)[:, None]
-    for _ in range(rng.poisson(2.2)):
+    for _ in range(rng.poisson(3.0)):
         start = outline[rng.integers(len(outline))]
         end = middle + (start - middle) * rng.uniform(-0.7, 0.6)
         end = end + rng.normal(0, 5 / mpp, 2)
@@ -178,7 +196,7 @@ def _wrinkles(
     field = grain.cut("coarse", side, rng)
     field = cv2.warpAffine(field, matrix, (side, side), borderMode=cv2.BORDER_REFLECT)
     patch = np.clip(grain.cut("broad", side, rng), 0, 1)
-    return rng.uniform(0.1, 0.4) * patch * np.exp(-((field / 0.16) ** 2))
+    return rng.uniform(0.15, 0.6) * patch * np.exp(-((field / 0.16) ** 2))
 
 
 def nucleus(

@@ -9,9 +9,10 @@ from jaxtyping import Float
 
 from stages.sources._cells import RECIPES
 
-NEUTROPHIL_UM = (6.0, 7.5)  # diameter of a circle as large as the lobes together
+NEUTROPHIL_UM = (6.2, 7.8)  # diameter of a circle as large as the lobes together
 GROUP_MEAN = 7.0  # cells of a benign group, on average
 REACTIVE_SHARE = 0.08  # of the intermediate cells: a benign nucleus half again as large
+ROOM_UM = {"superficial": 9.0, "intermediate": 8.0, "parabasal": 6.0}  # radius kept from others
 TRIES = 30  # draws for a free place before a cell is left out
 
 
@@ -63,11 +64,12 @@ class Ground:
     def claim(self, draw: Callable[[], Float[np.ndarray, " 2"]], kind: str) -> Spot | None:
         """Place a nucleus where no other is; None when there is no room."""
         diameter = self._diameter(kind)
+        room = ROOM_UM.get(kind, 0.55 * diameter)
         for _ in range(TRIES):
             x, y = draw()
             within = 0 < x < self.width_um and 0 < y < self.height_um
-            if within and self._is_free(x, y, diameter / 2):
-                self.taken.append((x, y, diameter / 2))
+            if within and self._is_free(x, y, room):
+                self.taken.append((x, y, room))
                 return Spot(kind, float(x), float(y), diameter)
         return None
 
@@ -76,12 +78,12 @@ class Ground:
         reactive = kind == "intermediate" and self.rng.random() < REACTIVE_SHARE
         return float(self.rng.uniform(low, high) * (1.22 if reactive else 1))
 
-    def _is_free(self, x: float, y: float, radius: float) -> bool:
+    def _is_free(self, x: float, y: float, room: float) -> bool:
         if not self.taken:
             return True
         other = np.array(self.taken)
         gap = np.hypot(other[:, 0] - x, other[:, 1] - y)
-        return bool((gap > 1.1 * (other[:, 2] + radius)).all())
+        return bool((gap > other[:, 2] + room).all())
 
 
 def spots(
@@ -103,7 +105,7 @@ def spots(
 def _abnormal(ground: Ground, count: int) -> list[Spot | None]:
     found: list[Spot | None] = []
     while len(found) < count:
-        group = min(count - len(found), int(ground.rng.integers(1, 7)))
+        group = min(count - len(found), int(ground.rng.integers(1, 5)))
         found += _group(ground, ["abnormal"] * group, 8.5)
     return found
 
@@ -124,7 +126,7 @@ def _benign(ground: Ground, count: int, cluster_share: float) -> list[Spot | Non
             found += _group(ground, ["parabasal"] * members, 5.5)
         else:
             kinds = rng.choice(("superficial", "parabasal", "intermediate"), members, p=mixture)
-            found += _group(ground, kinds.tolist(), 12.0)
+            found += _group(ground, kinds.tolist(), 15.0)
     return found
 
 

@@ -39,19 +39,20 @@ class Truth:
 def draw_stain(spread: float, rng: np.random.Generator) -> Stain:
     """Draw a slide's colours: a laboratory's recipe and its day; `spread` 0 leaves one recipe."""
 
-    def varied(*density: float) -> Float32[np.ndarray, " 3"]:
-        return np.array(density, np.float32) * np.exp(spread * 0.3 * rng.standard_normal(3))
+    def between(one: tuple[float, ...], other: tuple[float, ...]) -> Float32[np.ndarray, " 3"]:
+        share = 0.5 + spread * rng.uniform(-0.5, 0.5)
+        mixed = share * np.array(one) + (1 - share) * np.array(other)
+        return (mixed * np.exp(spread * 0.1 * rng.standard_normal(3))).astype(np.float32)
 
-    hue = rng.uniform(0.5 - spread / 2, 0.5 + spread / 2)  # 0: green-blue, 1: violet-blue
-    strength = np.exp(spread * 0.35 * rng.standard_normal())
-    blue_green = varied(0.80, 0.40 + 0.17 * hue, 0.30 - 0.10 * hue) * strength
-    hue = rng.uniform(0.5 - spread / 2, 0.5 + spread / 2)  # 0: orange, 1: magenta
-    pink = varied(0.13, 0.74 + 0.12 * hue, 0.52 - 0.24 * hue) * strength
-    nuclear = varied(1.45, 1.62, 0.92) * np.exp(spread * 0.15 * rng.standard_normal())
-    light = rng.uniform(232 - 30 * spread, 244) + spread * rng.normal(0, 5, 3)
-    pinkness = spread * rng.beta(0.5, 3.0)
-    clipped = np.clip(light, 150, 250).astype(np.float32)
-    return Stain(blue_green, pink, nuclear, clipped, pinkness, rng.uniform(0.8, 1.8))
+    strength = np.exp(spread * 0.25 * rng.standard_normal())
+    return Stain(
+        blue_green=between((0.62, 0.26, 0.18), (0.44, 0.30, 0.07)) * strength,
+        pink=between((0.18, 0.56, 0.38), (0.06, 0.70, 0.10)) * strength,
+        nuclear=between((2.0, 1.9, 1.2), (1.5, 2.2, 0.85)) * strength**0.5,
+        light=np.clip(245 - 45 * spread * rng.beta(0.8, 2) + spread * rng.normal(0, 4, 3), 0, 252),
+        pinkness=spread * rng.beta(0.4, 2.5),
+        noise=rng.uniform(0.8, 1.8),
+    )
 
 
 class Sheet:
@@ -108,8 +109,8 @@ def _cell_of(field: np.ndarray, x: float, y: float) -> tuple[int, int]:
 def paint_cell(sheet: Sheet, spot: Spot, stain: Stain, defocus_um: float) -> Truth:
     """Draw an epithelial cell around its nucleus."""
     rng, recipe, mpp = sheet.rng, RECIPES[spot.kind], sheet.mpp
-    long = recipe.angular and rng.random() < 0.12  # rolled up, seen from its side
-    stretch = rng.uniform(2.0, 3.6) if long else rng.uniform(1.0, 1.45)
+    long = recipe.angular and rng.random() < 0.08  # rolled up, seen from its side
+    stretch = rng.uniform(1.8, 3.0) if long else rng.uniform(1.0, 1.4)
     radius = max(rng.uniform(*recipe.cell_um), 1.25 * spot.nucleus_um) / 2
     x, y = spot.x / mpp, spot.y / mpp
     blur = sheet.blur_um(x, y, defocus_um)
@@ -162,11 +163,12 @@ def paint_neutrophil(sheet: Sheet, spot: Spot, stain: Stain, defocus_um: float) 
     for at in np.stack([np.cos(turn), np.sin(turn)], 1) * ring:
         lobe = _cells.rounded(size * rng.uniform(0.85, 1.15), 0.06, rng.uniform(1, 1.5), rng)
         core = np.maximum(core, _cells.filled(lobe + centre + at, side))
-    film = _cells.filled(_cells.rounded(rng.uniform(4.8, 6) / mpp, 0.06, 1.15, rng) + centre, side)
-    film *= 1 + 0.25 * sheet.grain.cut("medium", side, rng)
-    sheet.add(film, rng.uniform(0.1, 0.45) * stain.blue_green, corner, blur)
+    body = _cells.rounded(rng.uniform(4.4, 5.6) / mpp, 0.09, rng.uniform(1, 1.3), rng)
+    film = _cells.filled(body + centre + rng.normal(0, 0.5 / mpp, 2), side)
+    film *= 1 + 0.35 * sheet.grain.cut("medium", side, rng)
+    sheet.add(film, rng.uniform(0.1, 0.6) * stain.blue_green, corner, blur + 0.25)
     textured = core * (1 + 0.12 * sheet.grain.cut("medium", side, rng))
-    sheet.add(textured, rng.uniform(0.85, 1.2) * stain.nuclear, corner, blur)
+    sheet.add(textured, rng.uniform(0.65, 0.95) * stain.nuclear, corner, blur)
     rows, columns = np.nonzero(core > 0.5)
     place = corner + np.array([columns.mean(), rows.mean()]) + 0.5
     return Truth(place[0], place[1], float(np.sqrt(core.sum() / np.pi)), "neutrophil")
@@ -176,8 +178,8 @@ def exposed(sheet: Sheet, stain: Stain) -> UInt8[np.ndarray, "height width 3"]:
     """Shine light through the slide: uneven lamp, camera noise, 8 bits."""
     height, width = sheet.density.shape[:2]
     rng = sheet.rng
-    lamp = 1 + 0.018 * cv2.resize(
-        _smooth(height, width, 300 / sheet.mpp, rng), (width, height), interpolation=cv2.INTER_CUBIC
+    lamp = 1 + 0.01 * cv2.resize(
+        _smooth(height, width, 400 / sheet.mpp, rng), (width, height), interpolation=cv2.INTER_CUBIC
     )
     image = np.empty((height, width, 3), np.uint8)
     for top in range(0, height, STRIPE):
