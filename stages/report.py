@@ -1,0 +1,207 @@
+"""Stage 8, report: one HTML page with what every stage made and how the encoders compare.
+
+    reads   data/*                  metrics, pictures and predictions of the stages before
+    writes  data/report/index.html  self-contained: pictures inside, nothing from the network
+
+Run it with `dvc repro report`. Slides shown are the first of each class by id: nobody chose them
+for their looks.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+
+from stages.common import cohort, figures, params, run, stores
+from stages.common.cohort import SlideRow
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE = "report.html.j2"
+COUNTED = ("cohort", "tile", "detect", "perturb")  # stages whose metrics.json holds counts
+FIGURES = {
+    "auc": "AUC",
+    "balanced_accuracy": "Balanced accuracy",
+    "recall": "Recall",
+    "accuracy": "Accuracy",
+    "majority_accuracy": "Majority class",
+}
+SLIDES_PER_CLASS = 3  # in the gallery of thumbnails
+PATCHES = 6  # with the highest, and as many with the lowest attention of a slide
+RANKED = ("auc", "balanced_accuracy", "accuracy")  # recall alone is won by calling all positive
+
+
+def main(
+    data: Path = Path("data"),
+    target: Path = Path("data/report"),
+    settings_file: Path = Path("params.yaml"),
+) -> None:
+    """Collect, draw and write the page.
+
+    Raises:
+        FileNotFoundError: something is missing; the message names the stage that makes it.
+    """
+    page = {"settings": _tracked(settings_file), **collect(data)}
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
+    text = environment.get_template(TEMPLATE).render(page)
+    with run.atomic(target / "index.html") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    logger.info("report: %s, %.1f MB", target / "index.html", len(text) / 1e6)
+
+
+def collect(data: Path) -> dict[str, Any]:
+    """Everything on the page that comes from the stages."""
+    rows, classes = cohort.read_rows(data / "cohort"), cohort.read_classes(data / "cohort")
+    of_class = {label: [row for row in rows if row.label == label] for label in classes[::-1]}
+    shown = [row for found in of_class.values() for row in found[:SLIDES_PER_CLASS]]
+    firsts = [found[0] for found in of_class.values()]
+    cells = read_cells(data / "evaluate")
+    pretrain = data / "pretrain"
+    return {
+        "counts": {stage: _flat(_read_json(data / stage, stage)) for stage in COUNTED},
+        "figures": FIGURES,
+        "cells": cells,
+        "best": best_of(cells),
+        "roc": figures.roc({(cell["encoder"], cell["head"]): cell["roc"] for cell in cells}),
+        "curves": training_curves(pretrain / "dvclive" / "plots" / "metrics"),
+        "slides": _gallery(data, shown, "tile", "thumbnail.jpg", 480),
+        "nuclei": _gallery(data, firsts, "detect", "overlay.jpg", 960),
+        "perturbed": _gallery(data, firsts, "perturb", "examples.jpg", 960),
+        "views": figures.picture(_need(pretrain / "views.png", "pretrain"), 1200),
+        "attention": attention_rows(data, cells, of_class),
+    }
+
+
+def read_cells(folder: Path) -> list[dict[str, Any]]:
+    """What evaluate wrote for each encoder and head, in the order of their names."""
+    found = sorted(folder.glob("*/*/metrics.json"))
+    if not found:
+        raise FileNotFoundError(
+            f"no {folder}/<encoder>/<head>/metrics.json: run `dvc repro evaluate`"
+        )
+    return [
+        {
+            "encoder": file.parent.parent.name,
+            "head": file.parent.name,
+            "metrics": json.loads(file.read_text(encoding="utf-8")),
+            "roc": _read_csv(file.parent / "roc.csv"),
+            "predictions": _read_csv(file.parent / "predictions.csv"),
+            "attention": _read_csv(file.parent / "attention.csv"),
+        }
+        for file in found
+    ]
+
+
+def best_of(cells: list[dict[str, Any]]) -> dict[str, float]:
+    """The highest mean of each ranking figure, rounded as shown: what looks equal is equal."""
+    return {name: max(round(cell["metrics"][name]["mean"], 3) for cell in cells) for name in RANKED}
+
+
+def attention_rows(
+    data: Path, cells: list[dict[str, Any]], of_class: dict[str, list[SlideRow]]
+) -> list[dict[str, Any]]:
+    """For the first test slide of each class, the patches that each encoder's head looked at.
+
+    Of an encoder's heads the first that weighs patches unequally is taken.
+    """
+    uneven = [cell for cell in cells if _is_uneven(cell["attention"])]
+    firsts = {cell["encoder"]: cell for cell in reversed(uneven)}
+    tests = [[row for row in rows if row.split == "test"] for rows in of_class.values()]
+    return [
+        {"encoder": encoder, "head": cell["head"], **_looked_at(data, cell, found[0])}
+        for found in tests
+        for encoder, cell in sorted(firsts.items())
+    ]
+
+
+def _is_uneven(attention: pd.DataFrame) -> bool:
+    return bool((attention.groupby("slide_id").attention.agg(np.ptp) > 1e-9).any())
+
+
+def _looked_at(data: Path, cell: dict[str, Any], row: SlideRow) -> dict[str, Any]:
+    mine = cell["attention"][cell["attention"].slide_id == row.slide_id]
+    ranked = mine.sort_values(["attention", "patch"], ascending=[False, True])
+    count = min(PATCHES, len(ranked) // 2)
+    store = stores.open_patches(_need(data / "tile" / row.slide_id / "patches.zarr", "tile"))
+
+    def pictures(chosen: pd.DataFrame) -> list[dict[str, Any]]:
+        return [
+            {
+                "source": figures.encode(Image.fromarray(store[int(patch)]), 128),
+                "patch": patch,
+                "times": weight * len(ranked),  # 1: as if all patches counted alike
+            }
+            for patch, weight in zip(chosen.patch, chosen.attention, strict=True)
+        ]
+
+    predicted = cell["predictions"][cell["predictions"].slide_id == row.slide_id]
+    return {
+        "row": row,
+        "probability": predicted.probability.mean(),
+        "high": pictures(ranked[:count]),
+        "low": pictures(ranked[len(ranked) - count :]),
+    }
+
+
+def training_curves(folder: Path) -> list[tuple[str, Markup]]:
+    """Name and plot of each curve that DVCLive wrote; none if training kept none."""
+    files = sorted(folder.rglob("*.tsv"))
+    return [
+        (
+            file.relative_to(folder).with_suffix("").as_posix(),
+            figures.line(pd.read_csv(file, sep="\t"), f"curve{at}"),
+        )
+        for at, file in enumerate(files)
+    ]
+
+
+def _gallery(
+    data: Path, rows: list[SlideRow], stage: str, name: str, width_px: int
+) -> list[dict[str, Any]]:
+    files = [_need(data / stage / row.slide_id / name, stage) for row in rows]
+    return [
+        {"row": row, "source": figures.picture(file, width_px)}
+        for row, file in zip(rows, files, strict=True)
+    ]
+
+
+def _need(path: Path, stage: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: run `dvc repro {stage}`")
+    return path
+
+
+def _read_json(folder: Path, stage: str) -> dict[str, Any]:
+    return json.loads(_need(folder / "metrics.json", stage).read_text(encoding="utf-8"))
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(_need(path, "evaluate"), dtype={"slide_id": str}, keep_default_na=False)
+
+
+def _tracked(settings_file: Path) -> dict[str, dict[str, Any]]:
+    """The settings by section, the top level under ""; without `engine`, which decides nothing."""
+    values = params.section_of("", settings_file)
+    sections = {name: _flat(value) for name, value in values.items() if isinstance(value, dict)}
+    sections.pop("engine", None)
+    return {"": {k: v for k, v in values.items() if not isinstance(v, dict)}, **sections}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested maps as one, keys joined by dots."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return flat
+
+
+if __name__ == "__main__":
+    run.start(main)
