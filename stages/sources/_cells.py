@@ -17,7 +17,7 @@ class Recipe:
 
     cell_um: tuple[float, float]  # diameter of the cell
     nucleus_um: tuple[float, float]  # diameter of the nucleus
-    angular: bool  # a polygon with soft corners, or rounded
+    angular: bool  # a flat polygon, folded and creased; or rounded
     thickness: tuple[float, float]  # of the cytoplasm, times the stain's optical density
     chromatin: tuple[float, float]  # of the nucleus, times the stain's optical density
     clumps: float  # contrast of the chromatin; 0: even
@@ -26,10 +26,10 @@ class Recipe:
 
 
 RECIPES = {
-    "superficial": Recipe((42, 60), (5.6, 7.0), True, (0.4, 0.95), (0.8, 1.1), 0.08, 0.05, 0.85),
-    "intermediate": Recipe((36, 52), (7.6, 9.0), True, (0.4, 1.1), (0.5, 0.8), 0.2, 0.04, 0.08),
-    "parabasal": Recipe((16, 25), (8.6, 10.2), False, (0.8, 1.5), (0.5, 0.8), 0.2, 0.03, 0.05),
-    "abnormal": Recipe((17, 29), (11.5, 16), False, (0.8, 1.6), (0.75, 1.1), 0.42, 0.11, 0.25),
+    "superficial": Recipe((42, 60), (5.6, 7.0), True, (0.4, 0.95), (0.6, 0.9), 0.1, 0.05, 0.85),
+    "intermediate": Recipe((36, 52), (7.6, 9.0), True, (0.4, 1.1), (0.36, 0.64), 0.24, 0.05, 0.08),
+    "parabasal": Recipe((16, 25), (8.6, 10.2), False, (0.8, 1.5), (0.38, 0.66), 0.2, 0.03, 0.05),
+    "abnormal": Recipe((17, 29), (11.5, 16), False, (0.8, 1.6), (0.6, 0.92), 0.36, 0.12, 0.25),
 }
 
 
@@ -82,7 +82,7 @@ def angular(
     length = radius * rng.uniform(0.76, 1.16, count)
     points = np.stack([length * np.cos(angle), length * np.sin(angle)], 1)
     points = _corners_cut(points, rng.uniform(0.08, 0.28))
-    for wear in (0.035, 0.02, 0.012):
+    for wear in (0.03, 0.012, 0.006):
         points = _corners_cut(points, 0.25) + rng.normal(0, wear * radius, (2 * len(points), 2))
     return _turned(_corners_cut(points, 0.25), stretch, rng)
 
@@ -112,21 +112,40 @@ def filled(outline: Float[np.ndarray, "corner 2"], side: int) -> Float32[np.ndar
 
 
 def cytoplasm(
-    outline: Float[np.ndarray, "corner 2"], side: int, grain: Grain, rng: np.random.Generator
+    outline: Float[np.ndarray, "corner 2"],
+    side: int,
+    folds: float,
+    grain: Grain,
+    rng: np.random.Generator,
 ) -> Float32[np.ndarray, "side side"]:
     """Translucent, thinner towards the edge, folded, creased and granular; about 1 inside."""
     layers = filled(outline, side)
-    for _ in range(min(3, rng.poisson(0.8))):
+    for _ in range(min(3, rng.poisson(folds))):
         outline, flap = _folded(outline, side, rng)
         layers = layers * filled(outline, side) + flap
     inside = (layers > 0.5).view(np.uint8)
     depth = cv2.distanceTransform(inside, cv2.DIST_L2, 3) * np.float32(grain.mpp)
     body = rng.uniform(0.5, 0.9)
     body = body + (1 - body) * (1 - np.exp(-depth / rng.uniform(3, 10)))
-    relief = 1 + rng.uniform(0.15, 0.35) * grain.cut("broad", side, rng)
+    relief = 1 + rng.uniform(0.2, 0.45) * grain.cut("broad", side, rng)
     relief += _granules(side, grain, rng) + _rim(depth, grain, rng)
-    relief += _creases(outline, side, grain.mpp, rng) + _wrinkles(side, grain, rng)
-    return layers * body * np.maximum(relief, 0.2)
+    relief += _wrinkles(side, grain, rng)
+    if folds:
+        relief += _creases(outline, side, grain.mpp, rng)
+    return _warped(layers * body * np.maximum(relief, 0.2), grain, rng)
+
+
+def _warped(
+    film: Float32[np.ndarray, "side side"], grain: Grain, rng: np.random.Generator
+) -> Float32[np.ndarray, "side side"]:
+    """Bend everything a little: no edge, fold or crease of a cell is straight."""
+    axis = np.arange(len(film), dtype=np.float32)
+    bend = [
+        (1.1 * grain.cut("broad", len(film), rng) + 0.22 * grain.cut("coarse", len(film), rng))
+        / np.float32(grain.mpp)
+        for _ in range(2)
+    ]
+    return cv2.remap(film, bend[0] + axis, bend[1] + axis[:, None], cv2.INTER_LINEAR)
 
 
 def _folded(
@@ -141,13 +160,25 @@ def _folded(
     return outline - beyond, filled((outline - 2 * beyond)[beyond.any(1)], side)
 
 
+def halo(
+    film: Float32[np.ndarray, "side side"],
+    core: Float[np.ndarray, "corner 2"],
+    strength: float,
+    mpp: float,
+) -> Float32[np.ndarray, "side side"]:
+    """Thin the cytoplasm in a narrow ring around the nucleus."""
+    middle = core.mean(0)
+    ring = filled(middle + 1.3 * (core - middle), len(film))
+    return film * (1 - strength * cv2.GaussianBlur(ring, (0, 0), 0.7 / mpp))
+
+
 def _rim(
     depth: Float32[np.ndarray, "side side"], grain: Grain, rng: np.random.Generator
 ) -> Float32[np.ndarray, "side side"]:
     """A thin thickened edge, and stretches of edge that curl up broadly."""
     thin = rng.uniform(0.05, 0.5) * np.exp(-depth / EDGE_UM)
     curled = np.clip(grain.cut("broad", len(depth), rng) - rng.uniform(-0.3, 0.8), 0, 1.5)
-    return thin + rng.uniform(0.2, 1.3) * curled * np.exp(-depth / rng.uniform(0.6, 2.2))
+    return thin + rng.uniform(0.3, 1.8) * curled * np.exp(-depth / rng.uniform(0.5, 2.5))
 
 
 def _granules(

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from stages.sources import _cells
-from stages.sources._painter import Sheet, Stain
+from stages.sources._painter import FOLDS, Sheet, Stain
 
 PER_MM2 = {"clump": 18, "cloud": 22, "strand": 9, "specks": 26, "ghost": 12}
 
@@ -40,7 +40,7 @@ def _clump(sheet: Sheet, stain: Stain, x: float, y: float, blur: float) -> None:
 def _cloud(sheet: Sheet, stain: Stain, x: float, y: float, blur: float) -> None:
     """Granular material, as of broken cells."""
     rng, radius = sheet.rng, sheet.rng.uniform(6, 24)
-    side, corner = sheet.window(x, y, 2.2 * radius + 3 * blur)
+    side, corner = sheet.window(x, y, 3 * radius + 3 * blur)
     outline = _cells.rounded(radius / sheet.mpp, 0.2, rng.uniform(1, 2), rng)
     shape = _cells.filled(outline + (x - corner[0], y - corner[1]), side)
     shape = cv2.GaussianBlur(shape, (0, 0), 0.15 * radius / sheet.mpp)
@@ -53,9 +53,9 @@ def _cloud(sheet: Sheet, stain: Stain, x: float, y: float, blur: float) -> None:
 def _strand(sheet: Sheet, stain: Stain, x: float, y: float, blur: float) -> None:
     """Mucus: a bundle of pale curved threads."""
     rng, mpp = sheet.rng, sheet.mpp
-    side, corner = sheet.window(x, y, 60)
+    side, corner = sheet.window(x, y, 75)
     drawn = np.zeros((side, side), np.float32)
-    ends = rng.uniform(0.08, 0.92, (3, 2)) * side
+    ends = rng.uniform(0.15, 0.85, (3, 2)) * side
     step = np.linspace(0, 1, 24)[:, None]
     for _ in range(int(rng.integers(1, 6))):
         start, bend, end = ends + rng.normal(0, 5 / mpp, (3, 2))
@@ -73,7 +73,7 @@ def _specks(sheet: Sheet, stain: Stain, x: float, y: float, blur: float) -> None
     """Bacteria and dust: tiny dots and rods strewn over some tens of microns."""
     rng, mpp = sheet.rng, sheet.mpp
     spread = rng.uniform(4, 22)
-    side, corner = sheet.window(x, y, 2.5 * spread)
+    side, corner = sheet.window(x, y, 3.5 * spread + 3 * blur)
     drawn = np.zeros((side, side), np.uint8)
     for _ in range(int(rng.integers(3, 60))):
         start = side / 2 + rng.normal(0, spread / mpp, 2)
@@ -87,9 +87,9 @@ def _specks(sheet: Sheet, stain: Stain, x: float, y: float, blur: float) -> None
 def _ghost(sheet: Sheet, stain: Stain, x: float, y: float, blur: float) -> None:
     """A squame that has lost its nucleus."""
     rng, radius = sheet.rng, sheet.rng.uniform(14, 26)
-    side, corner = sheet.window(x, y, 1.6 * radius + 3 * blur)
+    side, corner = sheet.window(x, y, 1.8 * radius + 4 + 3 * blur)
     outline = _cells.angular(radius / sheet.mpp, rng.uniform(1, 1.5), rng)
-    film = _cells.cytoplasm(outline + (x - corner[0], y - corner[1]), side, sheet.grain, rng)
+    film = _cells.cytoplasm(outline + (x - corner[0], y - corner[1]), side, FOLDS, sheet.grain, rng)
     sheet.add(film, _between(stain, rng) * rng.uniform(0.15, 0.5), corner, blur)
 
 

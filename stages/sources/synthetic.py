@@ -98,7 +98,11 @@ def plan(params: Params, seed: int) -> list[tuple[str, str, str]]:
 
 
 def check(params: Params) -> None:
-    """Say which param is out of its range."""
+    """Check every param against its range.
+
+    Raises:
+        ValueError: one lies outside; the message names it and the range.
+    """
     ranges = {
         "slides": (1, 100_000),
         "width_px": (TILE_PX, MAX_PIXELS // TILE_PX),
