@@ -24,7 +24,13 @@ from stages.common.cohort import SlideRow
 logger = logging.getLogger(__name__)
 
 TEMPLATE = "report.html.j2"
-COUNTED = ("cohort", "tile", "detect", "perturb")  # stages whose metrics.json holds counts
+COUNTED = (
+    "cohort",
+    "tile",
+    "detect",
+    "perturb",
+    "pretrain",
+)  # stages whose metrics.json holds counts
 FIGURES = {
     "auc": "AUC",
     "balanced_accuracy": "Balanced accuracy",

@@ -91,11 +91,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort.write_rows(data / "cohort", rows(), ["well", "ill"])
     for row in rows():
         write_slide(data, row)
+    noise(data / "pretrain" / "views.png", 1301, 31)
     for stage in report.COUNTED:
         (data / stage / "metrics.json").write_text(json.dumps({"slides": 10, "patches": 12345}))
     for (encoder, head), auc in CELLS.items():
         write_cell(data, encoder, head, auc)
-    noise(data / "pretrain" / "views.png", 1301, 31)
     curves = data / "pretrain" / "dvclive" / "plots" / "metrics" / "train"
     curves.mkdir(parents=True)
     (curves / "loss.tsv").write_text("step\tloss\n0\t3.5\n1\t2.5\n2\t1.5\n")
@@ -234,6 +234,7 @@ def test_training_curves_may_be_absent(root: Path) -> None:
         ("detect/ill-0/overlay.jpg", "detect"),
         ("perturb/ill-0/examples.jpg", "perturb"),
         ("pretrain/views.png", "pretrain"),
+        ("pretrain/metrics.json", "pretrain"),
         ("evaluate/plain/abmil/roc.csv", "evaluate"),
         ("evaluate/plain/abmil/attention.csv", "evaluate"),
     ],
