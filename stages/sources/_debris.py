@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32
 from stages.sources import _cells
 from stages.sources._painter import FOLDS, Sheet, Stain
 
-PER_MM2 = {"clump": 18, "cloud": 22, "strand": 9, "specks": 26, "ghost": 12}
+PER_MM2 = {"clump": 18, "cloud": 22, "strand": 9, "specks": 15, "ghost": 12}
 
 
 def scatter(sheet: Sheet, stain: Stain, defocus_um: float) -> None:
