@@ -1,10 +1,13 @@
 """sr_attention: one function, several ways to compute it."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from cytossl_core.attention.cpu import pairs_attention
+from cytossl_core.attention.fused import fused_attention, refusal
 from cytossl_core.attention.inputs import Inputs, check
 from cytossl_core.attention.reference import reference_attention
 from cytossl_core.attention.sparse import sparse_attention
@@ -58,24 +61,35 @@ def sr_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     x = Inputs(query, key, value, topk, buckets, table_q, table_k, table_v, scale, bias, dropout)
     check(x)
-    path = _choose(x, backend)
+    path = _path(x, backend)
     with torch.autocast(query.device.type, enabled=False):
-        return path(x.in_float32()).to(query.dtype)
+        return path(x if path is fused_attention else x.in_float32()).to(query.dtype)
 
 
 def sr_attention_backend(query: Float[Tensor, "batch head token head_dim"]) -> str:
     """The path that backend="auto" takes for such a query: "torch" or "triton"."""
-    return "torch"
+    x = Inputs(query, query, query, 1, None, None, None, None, 1.0, None, 0.0)
+    return "triton" if _path(x, "auto") is fused_attention else "torch"
 
 
-def _choose(x: Inputs, backend: str):
+def _path(x: Inputs, backend: str) -> Callable[[Inputs], Tensor]:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if backend != "reference":
-        return pairs_attention if _few_on_cpu(x) else sparse_attention
-    if x.dropout:
-        raise ValueError(f"dropout is {x.dropout} and the reference has none: take backend 'torch'")
-    return reference_attention
+    if backend == "reference":
+        if x.dropout:
+            raise ValueError(f"dropout is {x.dropout}, which the reference has not: take 'torch'")
+        return reference_attention
+    why = refusal(x)
+    if backend == "triton" and why is not None:
+        raise ValueError(f"backend is 'triton', but {why}: take 'torch' or 'auto'")
+    if backend == "triton" or (backend == "auto" and why is None and _needs_fusion(x)):
+        return fused_attention
+    return pairs_attention if _few_on_cpu(x) else sparse_attention
+
+
+def _needs_fusion(x: Inputs) -> bool:
+    """Whether torch's own attention does not do: on a GPU, with a selection or tables."""
+    return x.query.is_cuda and not (x.dense and not x.tables)
 
 
 def _few_on_cpu(x: Inputs) -> bool:
