@@ -12,10 +12,7 @@ in there named like the method, `sparse_topk` and `irpe`. A run that was stopped
 from its last checkpoint when it is run again, and ends with the weights of an unbroken run.
 """
 
-import hashlib
-import logging
 import math
-import signal
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,8 +42,6 @@ from stages.common.schedules import cosine, warmup_cosine
 from stages.common.views import make_views
 from stages.common.viewset import Batch, ViewSet
 from stages.methods import Method
-
-logger = logging.getLogger(__name__)
 
 # Settings that change how a run goes about it and not what comes out.
 INDIFFERENT = ("workers", "checkpoint_steps")
@@ -80,49 +75,39 @@ class PretrainParams:
     def __post_init__(self) -> None:
         """Refuse values with which nothing could be trained."""
         for name in ("token_px", "epochs", "batch", "log_steps", "checkpoint_steps"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+            self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("weight_decay", "final_weight_decay", "clip_norm", "workers"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        warmup = f"from 0 to below epochs, {self.epochs}"
-        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
-        _require("drop_path", self.drop_path, 0 <= self.drop_path < 1, "from 0 to below 1")
-        _require("warmup_epochs", self.warmup_epochs, 0 <= self.warmup_epochs < self.epochs, warmup)
-        tokens = f"a multiple of token_px, {self.token_px}"
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("drop_path", 0 <= self.drop_path < 1, "from 0 to below 1")
+        below = f"from 0 to below epochs, {self.epochs}"
+        self._require("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, below)
         whole = self.global_px >= 1 and self.global_px % self.token_px == 0
-        _require("global_px", self.global_px, whole, tokens)
+        self._require("global_px", whole, f"a multiple of token_px, {self.token_px}")
 
-
-def _require(name: str, value: float, holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(f"params.yaml: pretrain.{name} is {value}: it must be {what}")
+    def _require(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            value = getattr(self, name)
+            raise ValueError(f"params.yaml: pretrain.{name} is {value}: it must be {what}")
 
 
 def main(
     source: Path, target: Path, settings: PretrainParams, of_method: Any, top: params.Top
 ) -> None:
-    """Train one encoder.
-
-    Args:
-        source: Folder of the perturb stage.
-        target: Folder to write to.
-        settings: Section pretrain.
-        of_method: The section of the method inside it.
-        top: Seed and attention.
+    """Train one encoder on the views in `source`; `of_method` is the method's own section.
 
     Raises:
         FileNotFoundError: the perturb stage has not run.
         ValueError: settings and views do not go together, or training diverged.
     """
-    folders = _folders(source)
-    data = ViewSet(folders)
-    _check_data(data, settings, source)
+    data = ViewSet(source)
     spec = _spec(data, settings, top)
     run.seed_everything(top.seed)
     encoder = encoders.build(spec, settings.drop_path)
     build = plugins.load("methods", settings.method).build
     method = build(encoder, of_method, spec.image_px).to(_device()).train()
-    _check_views(method, settings)
-    made = _provenance(folders, settings, of_method, top)
+    _check(data, method, settings)
+    made = _provenance(data, settings, of_method, top)
     encoders.save(target / "untrained", method.encoder, spec, {**made, "steps": 0})
     _draw_views(target / "views.png", method, data, settings, top.seed)
     total = settings.epochs * (len(data) // settings.batch)
@@ -145,16 +130,9 @@ def train(
     cached: Path,
     stopped: list[int],
 ) -> None:
-    """Take all steps of the run that are left after its newest checkpoint.
+    """Take all steps that are left after the newest checkpoint in `cached`.
 
-    Args:
-        method: On its device; changed in place.
-        data: All patches.
-        settings: Section pretrain.
-        seed: Of order, views and dropped paths.
-        journal: Takes the curves.
-        cached: Folder of the run's checkpoints.
-        stopped: Signals received: with one, the run leaves a checkpoint and ends.
+    With a signal in `stopped` the run leaves a checkpoint and ends.
 
     Raises:
         ValueError: loss or gradient is no longer finite.
@@ -189,13 +167,7 @@ def train(
         if stopped or (step + 1) % settings.checkpoint_steps == 0 or step + 1 == total:
             checkpoint.save(cached, step + 1, parts)
         if stopped and step + 1 < total:
-            _leave(stopped[0], step + 1, total)
-
-
-def _leave(number: int, step: int, total: int) -> None:
-    name = signal.Signals(number).name
-    logger.error("stopped by %s after step %d of %d: run again to go on there", name, step, total)
-    raise SystemExit(128 + number)
+            checkpoint.leave(stopped[0], step + 1, total)
 
 
 def _batches(data: ViewSet, settings: PretrainParams, seed: int, steps: range) -> Iterable[Batch]:
@@ -232,28 +204,18 @@ def _check_finite(loss: float, norm: float, step: int, cached: Path) -> None:
         )
 
 
-def _check_data(data: ViewSet, settings: PretrainParams, source: Path) -> None:
+def _check(data: ViewSet, method: Method, settings: PretrainParams) -> None:
     if len(data) < settings.batch:
         raise ValueError(
-            f"params.yaml: pretrain.batch is {settings.batch}: {source} has {len(data)} views and "
-            "a batch must not be larger; lower it or add patches (tile)"
+            f"params.yaml: pretrain.batch is {settings.batch}: the perturb stage made {len(data)} "
+            "views and a batch must not be larger; lower it or add patches (tile)"
         )
-
-
-def _check_views(method: Method, settings: PretrainParams) -> None:
     for policy in method.view_policies:
         if policy.crop_px % settings.token_px:
             raise ValueError(
                 f"params.yaml: pretrain.{settings.method} asks for views of {policy.crop_px} px: "
                 f"they must be a multiple of pretrain.token_px, {settings.token_px}"
             )
-
-
-def _folders(source: Path) -> list[Path]:
-    folders = sorted(path for path in source.glob("*") if path.is_dir())
-    if not folders:
-        raise FileNotFoundError(f"no slides in {source}: run `dvc repro perturb`")
-    return folders
 
 
 def _device() -> torch.device:
@@ -275,16 +237,14 @@ def _spec(data: ViewSet, settings: PretrainParams, top: params.Top) -> EncoderSp
 
 
 def _provenance(
-    folders: list[Path], settings: PretrainParams, of_method: Any, top: params.Top
+    data: ViewSet, settings: PretrainParams, of_method: Any, top: params.Top
 ) -> dict[str, Any]:
     """What decides the weights; `run` is the digest of it all."""
     decisive = {name: value for name, value in asdict(settings).items() if name not in INDIFFERENT}
     decisive = {**asdict(top), "pretrain": {**decisive, settings.method: asdict(of_method)}}
     code = fingerprint.code_digest(("stages.pretrain", f"stages.methods.{settings.method}"))
-    inputs = tuple(f"{folder.name} {cache.content(folder)}" for folder in folders)
-    data = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
-    key = cache.key_of("pretrain", "", (data,), decisive, code)
-    return {"run": key, "data": data, "code": code, "params": decisive}
+    key = cache.key_of("pretrain", "", (data.digest,), decisive, code)
+    return {"run": key, "data": data.digest, "code": code, "params": decisive}
 
 
 def _draw_views(

@@ -79,3 +79,10 @@ def interruptible() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def leave(number: int, step: int, total: int) -> None:
+    """End the process as the signal would have, in its own words."""
+    name = signal.Signals(number).name
+    logger.error("stopped by %s after step %d of %d: run again to go on there", name, step, total)
+    raise SystemExit(128 + number)

@@ -1,5 +1,6 @@
 """Every view store of a cohort as one data set, read in an order that seed and epoch decide."""
 
+import hashlib
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from stages.common import stores
+from stages.common import cache, stores
 
 Sample = tuple[UInt8[np.ndarray, "px px 3"], Float[np.ndarray, "point 2"], int]
 
@@ -30,16 +31,29 @@ class Batch:
 
 
 class ViewSet(Dataset[Sample]):
-    """The perturbed patches of all slides, numbered in the order of slide ids."""
+    """The perturbed patches of all slides, numbered in the order of slide ids.
 
-    def __init__(self, folders: list[Path]) -> None:
+    Args:
+        source: Folder of the perturb stage.
+
+    Raises:
+        FileNotFoundError: the stage has not run.
+        ValueError: slides have patches of different sides or resolutions.
+    """
+
+    def __init__(self, source: Path) -> None:
+        folders = sorted(path for path in source.glob("*") if path.is_dir())
+        if not folders:
+            raise FileNotFoundError(f"no slides in {source}: run `dvc repro perturb`")
+        inputs = [f"{folder.name} {cache.content(folder)}" for folder in folders]
+        self.digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
         self.stores = [stores.open_views(folder / "views.zarr") for folder in folders]
         self.ends = np.cumsum([len(store) for store in self.stores])
         kinds = {(store.patch_px, store.attributes["mpp"]) for store in self.stores}
         if len(kinds) > 1:
             found = ", ".join(f"{px} px at {mpp} mpp" for px, mpp in sorted(kinds))
             raise ValueError(
-                f"the slides of data/perturb have patches of {found}: they must be alike; run "
+                f"the slides of {source} have patches of {found}: they must be alike; run "
                 "`dvc repro tile` anew"
             )
 
@@ -54,7 +68,7 @@ class ViewSet(Dataset[Sample]):
         return float(self.stores[0].attributes["mpp"])
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.ends[-1])
 
     def __getitem__(self, row: int) -> Sample:
         """Pixels and retained nuclei of patch number `row`, and the number."""
