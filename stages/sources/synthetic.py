@@ -23,6 +23,22 @@ OBJECTIVE_AT_1_MPP = 10  # 40x is 0.25 microns per pixel
 PREFIX = "syn-"
 COHORT_ONLY = ("slides", "positive_share")  # they decide which slides there are, not their looks
 
+RANGES = {  # of Params, both ends allowed
+    "slides": (1, 100_000),
+    "width_px": (TILE_PX, MAX_PIXELS // TILE_PX),
+    "height_px": (TILE_PX, MAX_PIXELS // TILE_PX),
+    "mpp": (0.1, 2),
+    "positive_share": (0, 1),
+    "abnormal_share": (0.001, 1),
+    "cells_per_mm2": (1, 2000),
+    "neutrophils_per_mm2": (0, 5000),
+    "cluster_share": (0, 0.95),
+    "empty_share": (0, 0.95),
+    "stain_spread": (0, 1.5),
+    "defocus_um": (0, 10),
+    "jpeg_quality": (1, 100),
+}
+
 
 @dataclass(frozen=True)
 class Params:
@@ -103,22 +119,7 @@ def check(params: Params) -> None:
     Raises:
         ValueError: one lies outside; the message names it and the range.
     """
-    ranges = {
-        "slides": (1, 100_000),
-        "width_px": (TILE_PX, MAX_PIXELS // TILE_PX),
-        "height_px": (TILE_PX, MAX_PIXELS // TILE_PX),
-        "mpp": (0.1, 2),
-        "positive_share": (0, 1),
-        "abnormal_share": (0.001, 1),
-        "cells_per_mm2": (1, 2000),
-        "neutrophils_per_mm2": (0, 5000),
-        "cluster_share": (0, 0.95),
-        "empty_share": (0, 0.95),
-        "stain_spread": (0, 1.5),
-        "defocus_um": (0, 10),
-        "jpeg_quality": (1, 100),
-    }
-    for name, (low, high) in ranges.items():
+    for name, (low, high) in RANGES.items():
         value = getattr(params, name)
         if not low <= value <= high:
             raise ValueError(f"cohort.synthetic.{name} is {value}: give {low} to {high}")
