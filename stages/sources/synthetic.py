@@ -92,25 +92,25 @@ def _make(folder: Path, job: Job) -> None:
 def plan(params: Params, seed: int) -> list[tuple[str, str, str]]:
     """List the slides as (slide_id, label, patient); a patient has one or two, of one label.
 
+    A longer list begins with the shorter one's slides: adding slides changes none.
+
     Raises:
         ValueError: a param is out of its range.
     """
     check(params)
-    rng = np.random.default_rng([seed, params.slides])
-    sizes = [1] * min(2, params.slides)  # two singles, so that every share can be met
-    while sum(sizes) < params.slides:
-        sizes.append(min(int(rng.integers(1, 3)), params.slides - sum(sizes)))
-    wanted = round(params.positive_share * params.slides)
-    positive = set()
-    for patient in [*(2 + rng.permutation(len(sizes) - 2)), *range(min(2, params.slides))]:
-        if sizes[patient] <= wanted:
-            positive.add(int(patient))
-            wanted -= sizes[patient]
-    owners = [patient for patient, size in enumerate(sizes) for _ in range(size)]
-    return [
-        (f"{PREFIX}{number:03d}", "positive" if owner in positive else "negative", f"p{owner:03d}")
-        for number, owner in enumerate(owners)
-    ]
+    rng = np.random.default_rng(seed)
+    planned: list[tuple[str, str, str]] = []
+    owed, patient = 0.0, 0
+    while len(planned) < params.slides:
+        slides = int(rng.integers(1, 3))
+        owed += params.positive_share * slides
+        positive = owed >= slides / 2
+        owed -= slides * positive
+        for _ in range(min(slides, params.slides - len(planned))):
+            slide_id = f"{PREFIX}{len(planned):03d}"
+            planned.append((slide_id, "positive" if positive else "negative", f"p{patient:03d}"))
+        patient += 1
+    return planned
 
 
 def check(params: Params) -> None:
