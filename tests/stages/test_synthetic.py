@@ -187,7 +187,7 @@ def test_plan_meets_the_share_and_keeps_patients_whole(slides, share):
 
 
 def test_plan_has_patients_with_one_and_with_two_slides():
-    patients = [patient for _, _, patient in synthetic.plan(PARAMS, seed=7)]
+    patients = [patient for _, _, patient in synthetic.plan(replace(PARAMS, slides=20), seed=7)]
     assert {patients.count(patient) for patient in patients} == {1, 2}
 
 
