@@ -36,7 +36,8 @@ def refusal(x: Inputs) -> str | None:
     if x.query.dtype == torch.float64:
         return "query is torch.float64"
     if x.query.shape[2] > MOST_TOKENS or x.query.shape[3] > MOST_WIDTH:
-        return f"query has shape {tuple(x.query.shape)}, over {MOST_TOKENS} tokens or {MOST_WIDTH}"
+        most = f"{MOST_TOKENS} tokens or a width of {MOST_WIDTH}"
+        return f"query has shape {tuple(x.query.shape)}, over {most}"
     if any(table.shape[1] > MOST_BUCKETS for table in x.tables.values()):
         return f"a table has more than {MOST_BUCKETS} buckets"
     if x.dropout:

@@ -115,11 +115,11 @@ def _check_tables(x: Inputs) -> None:
                 f"{name} has shape {tuple(table.shape)}: it must be [{x.heads} or 1, bucket, "
                 f"{head_dim}]"
             )
+    if type(x.buckets) is Tensor and not torch.compiler.is_compiling():
+        _check_bucket_count(x)
     counts = {name: table.shape[1] for name, table in x.tables.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"bucket counts are {counts}: size all tables by irpe_buckets")
-    if type(x.buckets) is Tensor and not torch.compiler.is_compiling():
-        _check_bucket_count(x)
 
 
 def _check_bucket_count(x: Inputs) -> None:

@@ -37,20 +37,23 @@ def arguments_of(query, key, value, of_query, of_key, bias, value_buckets, scale
 
 
 def forward_tile(query: Tensor) -> dict:
-    """All keys in one tile if they fit, else tiles of 64 keys."""
+    """All keys in one tile if they fit, else tiles of 64 keys.
+
+    Sizes here and in `backward_tile` follow the compiler's report of spilled registers on sm_90.
+    """
     token, dim = query.shape[2:]
     width, keys = max(16, next_power_of_2(dim)), max(32, next_power_of_2(token))
     if keys > 512 or keys * width * query.element_size() > TILE_BYTES:
-        keys = 64
-    rows = min(64, max(16, 8192 // keys)) if keys >= token else 32
-    return {"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_D": width}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": width, "num_warps": 4}
+    rows = min(64, max(16, 4096 // keys))
+    return {"BLOCK_M": rows, "BLOCK_N": keys, "BLOCK_D": width, "num_warps": 4 + 4 * (keys > 128)}
 
 
 def backward_tile(query: Tensor) -> dict:
-    """Smaller tiles for wider heads and types: two products and three tiles are held at once."""
+    """Square tiles, smaller for wider heads: three are held at once, with two sums."""
     width = max(16, next_power_of_2(query.shape[3]))
-    side = 64 if width * query.element_size() <= 128 else 32
-    return {"BLOCK_M": side, "BLOCK_N": side, "BLOCK_D": width}
+    side, warps = 32 if width <= 128 else 16, 4 if query.element_size() == 2 else 8
+    return {"BLOCK_M": side, "BLOCK_N": side, "BLOCK_D": width, "num_warps": warps}
 
 
 def launch(kernel, query: Tensor, block: int, pointers: list[Tensor], arguments: dict) -> None:
@@ -59,4 +62,5 @@ def launch(kernel, query: Tensor, block: int, pointers: list[Tensor], arguments:
     programs = batch * heads * triton.cdiv(token, block)
     if programs:
         with torch.cuda.device_of(query):
-            kernel[(programs,)](*pointers, num_warps=4, **arguments)
+            # fused multiply-adds would make a score depend on the code around it
+            kernel[(programs,)](*pointers, enable_fp_fusion=False, **arguments)

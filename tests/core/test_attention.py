@@ -21,7 +21,9 @@ PATHS = [sparse_attention, pairs_attention]
 GRIDS = {1: (0, 0), 2: (1, 1), 3: (1, 2), 37: (6, 6), 50: (7, 7), 101: (4, 25), 300: (13, 23)}
 
 
-def problem(token, topk, heads=(1, 3, 3), dtype=torch.float64, batch=2, dim=5, seed=0, bias=None):
+def problem(
+    token, topk, heads=(1, 3, 3), dtype=torch.float64, batch=2, dim=5, seed=0, bias=None, ratio=1.9
+):
     """Inputs of a grid that makes `token` tokens, with tables of 1 or 3 heads or None."""
     random = torch.Generator().manual_seed(seed)
 
@@ -30,7 +32,7 @@ def problem(token, topk, heads=(1, 3, 3), dtype=torch.float64, batch=2, dim=5, s
 
     height, width = GRIDS.get(token, (1, token - 1))
     special = token - height * width
-    ids, count = irpe_buckets(max(height, 1), max(width, 1), special_tokens=special)
+    ids, count = irpe_buckets(max(height, 1), max(width, 1), ratio=ratio, special_tokens=special)
     query, key, value = (draw(batch, 3, token, dim) for _ in range(3))
     table_q, table_k, table_v = (draw(h, count, dim) if h else None for h in heads)
     ids = ids[:token, :token].contiguous()

@@ -32,7 +32,7 @@ def call(token=10, **changes):
         ({"value": torch.zeros(2, 3, 10, 5).half()}, "torch.float32 and torch.float16: they must"),
         ({"backend": "cuda"}, "backend is 'cuda': choose one of auto, reference, torch, triton"),
         ({"dropout": 1.0}, "dropout is 1.0: it must be at least 0 and below 1"),
-        ({"dropout": 0.1, "backend": "reference"}, "the reference has none"),
+        ({"dropout": 0.1, "backend": "reference"}, "dropout is 0.1, which the reference has not"),
         ({"bias": torch.zeros(10, 10)}, r"bias has shape \(10, 10\): it must broadcast to"),
         ({"bias": torch.zeros(1, 1, 1, 10).bool()}, "bias is torch.bool: it must be floating"),
         ({"table_k": torch.zeros(1, 50, 5)}, "table_k came without buckets"),
@@ -53,6 +53,17 @@ def test_rejects_tables_of_another_bucket_count():
     ids, count = irpe_buckets(3, 3)
     with pytest.raises(ValueError, match="table_v has 49 buckets, but the ids of a grid of 9 t"):
         call(buckets=ids, table_k=torch.zeros(1, count, 5), table_v=torch.zeros(1, 49, 5))
+
+
+def test_rejects_tables_of_unequal_bucket_counts():
+    ids, count = irpe_buckets(3, 3)
+    with pytest.raises(ValueError, match="bucket counts are {'table_k': 50, 'table_v': 51}: size"):
+        call(buckets=ids, table_k=torch.zeros(1, count, 5), table_v=torch.zeros(1, 51, 5))
+
+
+def test_rejects_triton_where_it_cannot_run():
+    with pytest.raises(ValueError, match="backend is 'triton', but .*: take 'torch' or 'auto'"):
+        call(dropout=0.1, backend="triton")
 
 
 def test_rejects_buckets_of_another_grid():
