@@ -33,7 +33,7 @@ REACH_UM = 4.0
 GAP_UM, RING_UM = 0.75, 1.5  # the surround begins so far outside, and is so wide
 RING_SHARE = 0.5  # of min_contrast: least density above the surround, in red and in green
 LEAST_ROUND = 0.35  # short over long axis of the ellipse with the same moments
-LEAST_FULL = 0.75  # area over that ellipse's
+LEAST_FULL = 0.65  # area over that ellipse's
 
 Colour = Float32[np.ndarray, "height width 3"]
 Image = Float32[np.ndarray, "height width"]

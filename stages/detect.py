@@ -1,0 +1,157 @@
+"""Stage 3, detect: find the nuclei of every patch, once; all later stages read them.
+
+    reads   data/tile/<slide>/patches.zarr
+    writes  data/detect/<slide>/nuclei.zarr  centroids, radii, scores (stages/common/stores.py)
+            data/detect/<slide>/overlay.jpg  some patches with their nuclei circled
+            data/detect/metrics.json         slides, patches, nuclei, ...
+
+Run it with `dvc repro detect`; its settings are the `detect` section of params.yaml, those of the
+detector in `detect.<detector>`. A slide is detected anew when its patches, the detector's settings,
+code, library or the content of its weights change. Each patch stands alone: where patches overlap
+(tile.sampling grid or all, with tile.stride_px below tile.patch_px), a nucleus in the overlap is
+listed once for each patch that shows it.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Float64, UInt8
+
+from stages.common import cache, params, perslide, plugins, run, stores
+from stages.common.perslide import Job
+from stages.detectors import Detection, Detector
+
+logger = logging.getLogger(__name__)
+
+SHEET_COLUMNS = 4
+SHEET_PATCHES = SHEET_COLUMNS**2
+SHEET_PX = 320  # side of a patch in overlay.jpg
+MARK_RGB = (0, 140, 70)
+
+
+@dataclass(frozen=True)
+class DetectParams:
+    """The section `detect`."""
+
+    detector: str  # name of a file in stages/detectors
+    batch_patches: int  # patches given to the detector at once; changes memory and speed only
+
+    def __post_init__(self) -> None:
+        """Refuse an empty batch."""
+        if self.batch_patches < 1:
+            raise ValueError(f"detect.batch_patches is {self.batch_patches}: it must be 1 or more")
+
+
+def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -> None:
+    """Detect the nuclei of every slide that has patches."""
+    settings = params.load(DetectParams, "detect")
+    plugin = plugins.load("detectors", settings.detector)
+    own = params.load(plugin.Params, f"detect.{settings.detector}")
+    # Built here too: missing weights end the stage before its workers start.
+    version = _detector(settings.detector, own).version
+    # Weights count by their content, which is in the version, and not by where they lie.
+    decisive = {name: value for name, value in asdict(own).items() if name != "weights"}
+    names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
+    perslide.run(
+        "detect",
+        make,
+        [_job(name, source / name, settings, own) for name in names],
+        target,
+        code=("stages.detect", plugin.__name__),
+        settings={**decisive, "version": version},
+    )
+    metrics = _metrics([(source / name, target / name) for name in names])
+    run.write_metrics(target / "metrics.json", metrics)
+    logger.info("detect: %(nuclei)d nuclei in %(patches)d patches", metrics)
+
+
+def _job(name: str, tiles: Path, settings: DetectParams, own: Any) -> Job:
+    arguments = {"tiles": tiles.resolve(), "params": settings, "own": own}
+    return Job(name, (cache.content(tiles),), arguments)
+
+
+@functools.cache
+def _detector(name: str, own: Any) -> Detector:
+    """One a process: a worker reads the weights for its first slide only."""
+    return plugins.load("detectors", name).build(own)
+
+
+def make(folder: Path, job: Job) -> None:
+    """Write one slide's nuclei and overlay."""
+    patches = stores.open_patches(job.arguments["tiles"] / "patches.zarr")
+    settings = job.arguments["params"]
+    detector = _detector(settings.detector, job.arguments["own"])
+    found = list(_detect(patches, detector, settings.batch_patches))
+    rows = np.repeat(np.arange(len(found)), [len(one.score) for one in found])
+    empty = Detection(np.empty((0, 2), np.float32), *[np.empty(0, np.float32)] * 2)
+    centroid_px, radius_um, score = (
+        np.concatenate([getattr(one, name) for one in (empty, *found)])
+        for name in ("centroid_px", "radius_um", "score")
+    )
+    attributes = {
+        **{name: patches.attributes[name] for name in ("slide_id", "mpp", "slide_mpp")},
+        "input": "+".join(job.inputs),
+    }
+    centroid = _level0(patches, rows, centroid_px)
+    stores.create_nuclei(folder / "nuclei.zarr", centroid, rows, radius_um, score, attributes)
+    _draw(patches, found, folder / "overlay.jpg")
+
+
+def _detect(patches: stores.PatchStore, detector: Detector, batch: int) -> Iterator[Detection]:
+    for begin in range(0, len(patches), batch):
+        some = [patches[row] for row in range(begin, min(begin + batch, len(patches)))]
+        yield from detector(np.stack(some), patches.attributes["mpp"])
+
+
+def _level0(
+    patches: stores.PatchStore, rows: np.ndarray, centroid_px: np.ndarray
+) -> Float64[np.ndarray, "nuclei 2"]:
+    scale = patches.attributes["mpp"] / patches.attributes["slide_mpp"]
+    return patches.origin[rows] + centroid_px.astype(np.float64) * scale
+
+
+def _metrics(folders: list[tuple[Path, Path]]) -> dict[str, float]:
+    patches = sum(len(stores.open_patches(tiles / "patches.zarr")) for tiles, _ in folders)
+    found = [stores.open_nuclei(folder / "nuclei.zarr") for _, folder in folders]
+    nuclei = sum(len(one.score) for one in found)
+    return {
+        "slides": len(folders),
+        "patches": patches,
+        "nuclei": nuclei,
+        "nuclei_per_patch": nuclei / patches if patches else 0.0,
+        "patches_without_nuclei": patches - sum(len(np.unique(one.patch_index)) for one in found),
+    }
+
+
+def _draw(patches: stores.PatchStore, found: list[Detection], file: Path) -> None:
+    """A contact sheet: patches from the fullest to the emptiest, in equal steps of rank."""
+    ranked = np.argsort([-len(one.score) for one in found], kind="stable")
+    chosen = ranked[np.unique(np.linspace(0, len(ranked) - 1, SHEET_PATCHES).astype(int))]
+    mpp = patches.attributes["mpp"]
+    pictures = [_circled(patches[row], found[row], mpp) for row in chosen.tolist()]
+    pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % SHEET_COLUMNS)
+    lines = [pictures[at : at + SHEET_COLUMNS] for at in range(0, len(pictures), SHEET_COLUMNS)]
+    sheet = np.vstack([np.hstack(line) for line in lines])
+    cv2.imwrite(str(file), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+
+
+def _circled(
+    patch: UInt8[np.ndarray, "height width 3"], nuclei: Detection, mpp: float
+) -> UInt8[np.ndarray, "px px 3"]:
+    zoom = SHEET_PX / len(patch)
+    way = cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
+    picture = cv2.resize(patch, (SHEET_PX, SHEET_PX), interpolation=way)
+    for (x, y), radius_um in zip(nuclei.centroid_px, nuclei.radius_um, strict=True):
+        centre = round(float(x) * zoom), round(float(y) * zoom)
+        cv2.circle(picture, centre, round(float(radius_um) / mpp * zoom) + 2, MARK_RGB, 2)
+    return picture
+
+
+if __name__ == "__main__":
+    run.start(main)

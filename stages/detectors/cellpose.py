@@ -1,0 +1,205 @@
+"""Nuclei by Cellpose: a network for any cell, the recommended detector where weights are at hand.
+
+Weights of cellpose 4 (cpsam: a vision transformer of 1.2 GB, wants a GPU; reads colour) and of
+cellpose 1 to 3 (CPnet: 26 MB, runs on a CPU; reads inverted gray) are both taken, each by the
+cellpose release that knows its network: release 4 no longer ships CPnet.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import logging
+import math
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Integer, UInt8
+from scipy.special import expit
+from skimage.measure import regionprops_table
+
+from stages.detectors import Detection
+from stages.detectors._patches import check
+
+SMALLEST = 0.1  # of the area of a nucleus of diameter_um: smaller ones are dropped
+HOME = "https://huggingface.co/mouseland/cellpose-sam"
+
+
+@dataclass(frozen=True)
+class Params:
+    """The section `detect.cellpose`."""
+
+    weights: str  # name of a cellpose 4 model (cpsam), fetched once by cellpose itself; or a file
+    diameter_um: float  # of a typical nucleus, microns
+    flow_threshold: float  # masks whose flows err by more are dropped, no unit; 0 keeps all
+    cellprob_threshold: float  # logit above which a pixel is nucleus
+    batch_tiles: int  # network tiles of 224 or 256 px that are run at once
+    device: Literal["auto", "cpu", "cuda"]  # auto: cuda where there is a device
+
+    def __post_init__(self) -> None:
+        """Refuse values that find nothing."""
+        if not 0 < self.diameter_um < math.inf:
+            raise ValueError(
+                f"detect.cellpose.diameter_um is {self.diameter_um}: it must be above 0"
+            )
+        if self.batch_tiles < 1:
+            raise ValueError(
+                f"detect.cellpose.batch_tiles is {self.batch_tiles}: it must be 1 or more"
+            )
+
+
+class _Cellpose:
+    """See `stages.detectors.Detector`. The network is built at the first call, in the worker."""
+
+    def __init__(self, params: Params) -> None:
+        logging.getLogger("cellpose").setLevel(logging.ERROR)  # it reports every patch
+        models, release = _cellpose()
+        self._params = params
+        self._path = _locate(params.weights, models)
+        with self._path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        self._keys = _keys(self._path, digest)
+        self._reads_colour = "W2" in self._keys
+        _check_generation(self._path, self._reads_colour, release)
+        self.version = f"cellpose {release}, weights {digest}"
+
+    def __call__(
+        self, patches: UInt8[np.ndarray, "patch height width 3"], mpp: float
+    ) -> list[Detection]:
+        """The nuclei of each patch; see the Protocol."""
+        check(patches, mpp)
+        if not len(patches):
+            return []
+        diameter_px = self._params.diameter_um / mpp
+        masks, flows, _ = self._network.eval(
+            patches if self._reads_colour else _inverted_gray(patches),
+            batch_size=self._params.batch_tiles,
+            normalize={"norm3D": False},  # each patch by itself
+            diameter=diameter_px,
+            flow_threshold=self._params.flow_threshold,
+            cellprob_threshold=self._params.cellprob_threshold,
+            min_size=max(1, round(SMALLEST * math.pi / 4 * diameter_px**2)),
+            **({"channel_axis": 3} if self._reads_colour else {"channels": [0, 0], "z_axis": 0}),
+        )
+        logits = flows[2].reshape(patches.shape[:3])
+        labels = masks.reshape(patches.shape[:3])
+        return [_measure(*pair, mpp) for pair in zip(labels, logits, strict=True)]
+
+    @functools.cached_property
+    def _network(self) -> Any:
+        import torch
+
+        models, _ = _cellpose()
+        wanted = self._params.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cuda" and not torch.cuda.is_available():
+            raise ValueError("detect.cellpose.device is cuda, and there is none: set it to auto")
+        # Sixteen bits are slower than 32 on a CPU.
+        precision = {"use_bfloat16": wanted == "cuda"} if self._reads_colour else {}
+        model = models.CellposeModel(
+            pretrained_model=str(self._path), device=torch.device(wanted), **precision
+        )
+        missing = sorted(set(model.net.state_dict()) - self._keys)
+        if missing:
+            raise ValueError(
+                f"{self._path} lacks {missing[0]} and {len(missing) - 1} more of the network's "
+                f"weights: fetch it anew from {HOME}, or set detect.cellpose.weights"
+            )
+        return model
+
+
+def build(params: Params) -> _Cellpose:
+    """The detector with these settings; its weights are found and read here, or an error says why.
+
+    Raises:
+        ImportError: cellpose is not installed, or this release has no network for the weights.
+        FileNotFoundError: the weights are neither a file nor to be fetched.
+        ValueError: the weights' file is damaged or holds something else.
+    """
+    return _Cellpose(params)
+
+
+def _cellpose() -> tuple[ModuleType, str]:
+    try:
+        from cellpose import models
+    except ImportError as error:
+        raise ImportError(
+            f"the detector cellpose cannot be imported ({error}): install it by "
+            "`pip install 'cytossl[cellpose]'`, or set detect.detector to hematoxylin"
+        ) from error
+    return models, importlib.metadata.version("cellpose")
+
+
+def _locate(weights: str, models: ModuleType) -> Path:
+    path = Path(weights)
+    if path.is_file():
+        return path
+    if weights not in models.MODEL_NAMES:
+        raise FileNotFoundError(
+            f"detect.cellpose.weights is {weights}: it must be a file or one of "
+            f"{', '.join(models.MODEL_NAMES)}; get the file cpsam from {HOME}"
+        )
+    try:
+        fetch = getattr(models, "model_path", models.cache_model_path)  # the former: cellpose 3
+        return Path(fetch(weights))
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the weights {weights} cannot be fetched ({error}): get the file from {HOME} where "
+            "there is a network, and put its path into detect.cellpose.weights"
+        ) from error
+
+
+def _keys(path: Path, digest: str) -> set[str]:
+    """Names of the weights in a file; nothing but tensors is ever unpickled."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name.removeprefix("module.") for name in state}
+    except (RuntimeError, EOFError, pickle.UnpicklingError, TypeError, KeyError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} (sha256 {digest}) holds no weights ({why}): fetch it anew from {HOME}, or set "
+            "detect.cellpose.weights"
+        ) from None
+
+
+def _check_generation(path: Path, reads_colour: bool, release: str) -> None:
+    major = int(release.split(".")[0])
+    if reads_colour and major < 4:
+        raise ImportError(
+            f"{path} holds weights of cellpose 4, and {release} is installed: install "
+            "'cellpose>=4', or set detect.cellpose.weights to weights of cellpose 1 to 3"
+        )
+    if not reads_colour and major > 3:
+        raise ImportError(
+            f"{path} holds no weights of cellpose 4, and {release} has no network for those of "
+            "cellpose 1 to 3: install 'cellpose<4', or set detect.cellpose.weights to cpsam"
+        )
+
+
+def _inverted_gray(
+    patches: UInt8[np.ndarray, "patch height width 3"],
+) -> UInt8[np.ndarray, "patch height width"]:
+    """Bright nuclei on dark, which the networks before cellpose 4 were trained on."""
+    return 255 - np.stack([cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY) for patch in patches])
+
+
+def _measure(
+    labels: Integer[np.ndarray, "height width"],
+    logits: Float[np.ndarray, "height width"],
+    mpp: float,
+) -> Detection:
+    names = ("centroid", "area", "intensity_mean")
+    found = regionprops_table(labels, logits, properties=names)
+    centroid = np.stack([found["centroid-1"], found["centroid-0"]], axis=1) + 0.5
+    return Detection(
+        centroid.astype(np.float32),
+        (np.sqrt(found["area"] / np.pi) * mpp).astype(np.float32),
+        expit(found["intensity_mean"]).astype(np.float32),
+    )
