@@ -1,7 +1,7 @@
 """SR-attention on a CPU: after selection, only the kept pairs are worked on, both ways."""
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -29,10 +29,10 @@ class _PairsAttention(torch.autograd.Function):
         out = pairs.sum(x.value.flatten(0, 2), pairs.column, weight).view_as(x.value)
         out += (x.value * 0).sum(dim=2, keepdim=True)  # a NaN of a dropped value is not lost
         if x.table_v is not None:
-            index = pairs.in_table(pairs.buckets(x.buckets), x.table_v)
+            index = pairs.in_table(x.table_v)
             out += pairs.sum(x.table_v.flatten(0, 1), index, weight).view_as(out)
-        ctx.settings = (x.scale, x.buckets, pairs.token, pairs.heads)
-        ctx.save_for_backward(*tensors, weight, pairs.row, pairs.column, pairs.start)
+        ctx.settings = (x.scale, x.buckets if x.tables else None, pairs.token, pairs.heads)
+        ctx.save_for_backward(*tensors, weight, pairs.row, pairs.column, pairs.start, pairs.bucket)
         return out
 
     @staticmethod
@@ -42,13 +42,13 @@ class _PairsAttention(torch.autograd.Function):
         scale, ids, token, heads = ctx.settings
         pairs = Pairs(*pairs, token, heads)
         query_row, key_row, grad_row = (t.flatten(0, 2) for t in (query, key, grad))
-        d_score = scale * _score_gradient(pairs, weight, grad_row, value, table_v, ids)
-        swapped, order = pairs.swapped()
-        d_query, d_table_k = _side(pairs, d_score, query_row, key_row, table_k, ids)
+        d_score = scale * _score_gradient(pairs, weight, grad_row, value, table_v)
+        swapped, order = pairs.swapped(ids)
+        d_query, d_table_k = _side(pairs, d_score, query_row, key_row, table_k)
         d_score = d_score.index_select(0, order)
-        d_key, d_table_q = _side(swapped, d_score, key_row, query_row, table_q, ids)
+        d_key, d_table_q = _side(swapped, d_score, key_row, query_row, table_q)
         d_value = swapped.sum(grad_row, swapped.column, weight.index_select(0, order))
-        d_table_v = _table_gradient(pairs, weight, grad_row, table_v, ids)
+        d_table_v = _table_gradient(pairs, weight, grad_row, table_v)
         d_query, d_key, d_value = (d.view_as(query) for d in (d_query, d_key, d_value))
         return None, d_query, d_key, d_value, d_table_q, d_table_k, d_table_v
 
@@ -59,13 +59,12 @@ def _score_gradient(
     grad: Float[Tensor, "row head_dim"],
     value: Float[Tensor, "batch head token head_dim"],
     table_v: Float[Tensor, "#head bucket head_dim"] | None,
-    ids: Int64[Tensor, "token token"] | None,
 ) -> Float[Tensor, " pair"]:
     """Gradient of the kept scores: the softmax's, of weights that meet value and r^V."""
     d_weight = _products(pairs, grad, value.flatten(0, 2))
     if table_v is not None:
         per_bucket = grad.view_as(value) @ table_v.mT  # [batch, head, token, bucket]
-        entry = pairs.row.long() * table_v.shape[1] + pairs.buckets(ids)
+        entry = pairs.row.long() * table_v.shape[1] + pairs.bucket
         d_weight = d_weight + per_bucket.flatten().index_select(0, entry)
     mean = grad.new_zeros(len(grad)).index_add_(0, pairs.row, weight * d_weight)
     return weight * (d_weight - mean.index_select(0, pairs.row))
@@ -87,14 +86,13 @@ def _side(
     own: Float[Tensor, "row head_dim"],
     other: Float[Tensor, "row head_dim"],
     table: Float[Tensor, "table_head bucket head_dim"] | None,
-    ids: Int64[Tensor, "token token"] | None,
 ) -> tuple[Float[Tensor, "row head_dim"], Float[Tensor, "table_head bucket head_dim"] | None]:
     """Gradients of one side of own . (other + table): of own, and of the table that it meets."""
     d_own = pairs.sum(other, pairs.column, d_score)
     if table is not None:
-        index = pairs.in_table(pairs.buckets(ids), table)
+        index = pairs.in_table(table)
         d_own += pairs.sum(table.flatten(0, 1), index, d_score)
-    return d_own, _table_gradient(pairs, d_score, own, table, ids)
+    return d_own, _table_gradient(pairs, d_score, own, table)
 
 
 def _table_gradient(
@@ -102,13 +100,12 @@ def _table_gradient(
     weight: Float[Tensor, " pair"],
     own: Float[Tensor, "row head_dim"],
     table: Float[Tensor, "table_head bucket head_dim"] | None,
-    ids: Int64[Tensor, "token token"] | None,
 ) -> Float[Tensor, "table_head bucket head_dim"] | None:
     """Per bucket, the sum over pairs of weight times own's row, by way of a histogram."""
     if table is None:
         return None
     count = table.shape[1]
-    entry = pairs.row.long() * count + pairs.buckets(ids)
+    entry = pairs.row.long() * count + pairs.bucket
     sums = own.new_zeros(len(own) * count).index_add_(0, entry, weight).view(-1, count)
     if len(table) == 1:
         return (sums.T @ own)[None]

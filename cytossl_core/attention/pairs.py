@@ -25,20 +25,18 @@ class Pairs:
     row: Int[Tensor, " pair"]
     column: Int[Tensor, " pair"]
     start: Int[Tensor, " row_and_end"]
+    bucket: Int[Tensor, " pair"] | None  # the id at [row's token, column's token]
     token: int
     heads: int
 
-    def swapped(self) -> tuple["Pairs", Int[Tensor, " pair"]]:
+    def swapped(
+        self, ids: Int[Tensor, "token token"] | None
+    ) -> tuple["Pairs", Int[Tensor, " pair"]]:
         """The same pairs seen from the key, and the order that sorts them so."""
         row, order = self.column.sort(stable=True)
         column = self.row.index_select(0, order)
-        return replace(self, row=row, column=column, start=_starts(row, len(self.start))), order
-
-    def buckets(self, ids: Int[Tensor, "token token"]) -> Int[Tensor, " pair"]:
-        """The entry of ids at [row's token, column's token] of each pair."""
-        first = self.row // self.token * self.token
-        entry = (self.row - first) * self.token + (self.column - first)
-        return ids.flatten().to(torch.int32).index_select(0, entry)
+        start, bucket = _starts(row, len(self.start)), buckets(row, column, self.token, ids)
+        return replace(self, row=row, column=column, start=start, bucket=bucket), order
 
     def sum(
         self,
@@ -56,13 +54,24 @@ class Pairs:
             include_last_offset=True,
         )
 
-    def in_table(
-        self, bucket: Int[Tensor, " pair"], table: Float[Tensor, "head bucket head_dim"]
-    ) -> Int[Tensor, " pair"]:
-        """Row of the flattened table: its bucket, in the table of its head."""
+    def in_table(self, table: Float[Tensor, "head bucket head_dim"]) -> Int[Tensor, " pair"]:
+        """Row of the flattened table: the pair's bucket, in the table of its head."""
         if len(table) == 1:
-            return bucket
-        return bucket + self.row // self.token % self.heads * table.shape[1]
+            return self.bucket
+        return self.bucket + self.row // self.token % self.heads * table.shape[1]
+
+
+def buckets(
+    row: Int[Tensor, " pair"],
+    column: Int[Tensor, " pair"],
+    token: int,
+    ids: Int[Tensor, "token token"] | None,
+) -> Int[Tensor, " pair"] | None:
+    """The ids of pairs at [row's token, column's token], if there are ids."""
+    if ids is None:
+        return None
+    first = row // token * token
+    return ids.flatten().to(torch.int32).index_select(0, (row - first) * token + (column - first))
 
 
 def select(x: Inputs) -> tuple[Pairs, Float[Tensor, " pair"]]:
@@ -74,9 +83,9 @@ def select(x: Inputs) -> tuple[Pairs, Float[Tensor, " pair"]]:
         columns.append(column.add_(first))
         weights.append(weight)
         first += count
-    row = torch.cat(rows)
-    pairs = Pairs(row, torch.cat(columns), _starts(row, first + 1), x.query.shape[2], x.heads)
-    return pairs, torch.cat(weights)
+    row, column, token = torch.cat(rows), torch.cat(columns), x.query.shape[2]
+    bucket = buckets(row, column, token, x.buckets if x.tables else None)
+    return Pairs(row, column, _starts(row, first + 1), bucket, token, x.heads), torch.cat(weights)
 
 
 def _parts(x: Inputs) -> Iterator[Inputs]:
@@ -106,11 +115,10 @@ def _select_part(x: Inputs) -> tuple[Tensor, Tensor, Tensor, int]:
     ordered = scores.clone()
     ordered.numpy().partition(token - x.topk, axis=-1)  # vectorised; NaN goes last
     below = scores < ordered[:, token - x.topk, None]  # never true of NaN, which so stays
-    kept = below.logical_not_().flatten().nonzero()[:, 0]
-    row = kept // token
-    column = kept - row * token + row // token * token
-    weight = _softmax(scores.flatten().index_select(0, kept), row, scores.amax(dim=1))
-    return row.int(), column.int(), weight, count
+    row, key = below.logical_not_().nonzero(as_tuple=True)
+    weight = _softmax(scores.flatten().index_select(0, row * token + key), row, scores.amax(dim=1))
+    row = row.int()
+    return row, key.int() + row // token * token, weight, count
 
 
 def _softmax(score: Tensor, row: Tensor, largest: Tensor) -> Tensor:

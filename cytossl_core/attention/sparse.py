@@ -32,13 +32,16 @@ def sparse_attention(x: Inputs) -> Float[Tensor, "batch head token head_dim"]:
 def table_scores(x: Inputs) -> Float[Tensor, "batch head query key"]:
     """The scores of equation 8, plus the bias."""
     query = x.query * x.scale
-    scores = query @ x.key.transpose(-1, -2)
+    scores = query @ x.key.mT
     if x.table_k is not None:
-        scores = scores + read(query @ x.table_k.transpose(-1, -2), x.buckets)
+        scores += read(query @ x.table_k.mT, x.buckets)
     if x.table_q is not None:
-        seen_from_key = read(x.key @ (x.table_q * x.scale).transpose(-1, -2), x.buckets)
-        scores = scores + seen_from_key.transpose(-1, -2)
-    return scores if x.bias is None else scores + x.bias
+        seen_from_key = (x.table_q * x.scale) @ x.key.mT  # [batch, head, bucket, key]
+        shape = (*scores.shape[:2], -1, -1)
+        scores += seen_from_key.gather(-2, x.buckets.T.expand(shape))
+    if x.bias is not None:
+        scores += x.bias
+    return scores
 
 
 def read(

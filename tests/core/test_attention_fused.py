@@ -85,12 +85,12 @@ def test_fused_matches_reference_with_all_gradients(device, token, topk, heads, 
 
 @pytest.mark.parametrize(("topk", "heads"), [(7, (1, 3, 1)), (None, (0, 1, 0))])
 def test_tiled_kernel_matches_reference_with_all_gradients(device, tiled, topk, heads):
-    x = problem(101, topk, heads, torch.float32, batch=1)
+    x = problem(67, topk, heads, torch.float32, batch=1)
     expected = [t.to(device) for t in run(reference_attention, x)]
     assert_same(run_fused(on(device, x)), expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("token", [37, 101])
+@pytest.mark.parametrize("token", [37, 67])
 def test_padded_keys_and_rows_without_keys(device, tiled, token):
     bias = torch.zeros(1, 1, token, token)
     bias[..., 11:] = -torch.inf  # fewer keys than h
@@ -103,7 +103,7 @@ def test_padded_keys_and_rows_without_keys(device, tiled, token):
 
 
 @pytest.mark.parametrize("topk", [1, 16, 17])
-@pytest.mark.parametrize("token", [37, 101])
+@pytest.mark.parametrize("token", [37, 67])
 def test_keeps_ties_and_equal_zeros_exactly(device, tiled, token, topk):
     random = torch.Generator().manual_seed(3)
     scores = torch.randint(-2, 3, (token, token), generator=random).float()

@@ -1,0 +1,125 @@
+"""Time and memory of SR-attention against dense attention and the eager reference.
+
+Run `python -m benchmarks.attention`. Contenders take turns within one run, so that a busy machine
+slows all of them; a figure is the median over the turns, and its ratio to dense attention without
+tables. Times are of the process's own CPU time where there is one thread (OMP_NUM_THREADS=1), which
+leaves out what others use of a busy machine.
+"""
+
+import logging
+import statistics
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from cytossl_core.attention import irpe_buckets, sr_attention
+
+BATCHES, HEADS, TOKENS, HEAD_DIM, TOPK, TURNS = (
+    (32, 64, 256),
+    (3, 6, 12),
+    (37, 197, 1025),
+    64,
+    16,
+    7,
+)
+MOST_SCORES = {"cpu": 2**26, "cuda": 2**31}  # larger shapes are left out
+MOST_ENCODED = {"cpu": 2**26, "cuda": 2**30}  # elements of r^K in the reference
+log = logging.getLogger("benchmarks.attention")
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    log.info("%s %s, %d threads, median of %d", device, dtype, torch.get_num_threads(), TURNS)
+    log.info(
+        "batch heads token irpe  path       forward     ratio  with backward     ratio    peak"
+    )
+    for batch, heads, token in product(BATCHES, HEADS, TOKENS):
+        if batch * heads * token**2 <= MOST_SCORES[device]:
+            for irpe in (False, True):
+                compare(batch, heads, token, irpe, device, dtype)
+
+
+def compare(batch, heads, token, irpe, device, dtype) -> None:
+    shape = (3, batch, heads, token, HEAD_DIM)
+    qkv = [t.requires_grad_() for t in torch.randn(shape, device=device, dtype=dtype)]
+    side = round((token - 1) ** 0.5)
+    buckets, count = irpe_buckets(side, side, device=device)
+    tables = {}
+    if irpe:
+        for name in ("table_q", "table_k", "table_v"):
+            tables[name] = torch.randn(1, count, HEAD_DIM, device=device).mul_(0.1).requires_grad_()
+    leaves = {path: [*qkv, *tables.values()] for path in ("torch", "triton", "reference")}
+    leaves["dense"] = qkv
+
+    def attend(path):
+        if path == "dense":
+            return F.scaled_dot_product_attention(*qkv)
+        return sr_attention(*qkv, topk=TOPK, buckets=buckets, backend=path, **tables)
+
+    def forward(path):
+        with torch.no_grad():
+            attend(path)
+
+    def both(path):
+        out = attend(path)
+        torch.autograd.grad(out, leaves[path], torch.ones_like(out))
+
+    paths = ["dense", "torch"] + (["triton"] if device == "cuda" else [])
+    if not irpe or heads * token**2 * HEAD_DIM <= MOST_ENCODED[device]:
+        paths.append("reference")
+    times = [median_times(work, paths, device) for work in (forward, both)]
+    for path in paths:
+        row = (batch, heads, token, "qkv" if irpe else "none", path)
+        milliseconds = [(1e3 * t[path], t[path] / t["dense"]) for t in times]
+        peak = peak_mib(both, path, device)
+        log.info(
+            "%5d %5d %5d %-5s %-9s %6.1f ms %8.2fx  %9.1f ms %8.2fx %4.0f MiB",
+            *row, *milliseconds[0], *milliseconds[1], peak,
+        )  # fmt: skip
+
+
+def median_times(work, paths, device) -> dict[str, float]:
+    alone = device == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    seconds = {path: [] for path in paths}
+    for turn in range(TURNS + 1):
+        for path in paths:
+            synchronise(device)
+            start = clock()
+            work(path)
+            synchronise(device)
+            if turn:  # the first turn warms up
+                seconds[path].append(clock() - start)
+    return {path: statistics.median(found) for path, found in seconds.items()}
+
+
+def synchronise(device) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_mib(work, path, device) -> float:
+    """Memory above what inputs take; on a CPU, of the process, by Linux's high-water mark."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work(path)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmHWM")
+    work(path)
+    return (resident("VmHWM") - before) / 2**10
+
+
+def resident(name) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    main()
