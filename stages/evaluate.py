@@ -33,6 +33,7 @@ ROC = ["fpr", "tpr", "threshold"]
 class EvaluateParams:
     """Section evaluate of params.yaml; each head has a section of its own inside."""
 
+    heads: tuple[str, ...]  # files of stages/heads; each is a cell of the matrix in dvc.yaml
     seeds: int  # runs that differ in initialisation and order of the bags
 
     def __post_init__(self) -> None:

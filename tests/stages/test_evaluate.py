@@ -65,7 +65,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(data: Path, head: str = "abmil", target: str = "out", seeds: int = 3) -> Path:
-    settings = evaluate.EvaluateParams(seeds)
+    settings = evaluate.EvaluateParams(("abmil",), seeds)
     folder = data / target
     evaluate.main(data / "cohort", data / "bags", folder, HEADS[head], settings, seed=40)
     return folder
@@ -177,7 +177,7 @@ def test_seeds_vary_abmil_and_leave_meanpool(data: Path) -> None:
 
 def test_rejects_one_seed() -> None:
     with pytest.raises(ValueError, match=r"evaluate.seeds is 1: it must be 2 or more"):
-        evaluate.EvaluateParams(1)
+        evaluate.EvaluateParams(("abmil",), 1)
 
 
 def test_figures_match_hand_worked_ones() -> None:
