@@ -22,6 +22,8 @@ try:
 except ImportError:  # a machine without Triton: `refusal` says so, the other paths work
     triton = None
 
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # read by Triton at import too
+
 MOST_BUCKETS = 256  # a program holds the sums of a row's buckets
 MOST_TOKENS = 16384
 MOST_WIDTH = 256
@@ -31,7 +33,7 @@ def refusal(x: Inputs) -> str | None:
     """Why these inputs cannot take this path, or None if they can."""
     if triton is None:
         return "Triton is not installed"
-    if not x.query.is_cuda and not triton.knobs.runtime.interpret:
+    if not x.query.is_cuda and not INTERPRETED:
         return f"query is on {x.query.device}"
     if x.query.dtype == torch.float64:
         return "query is torch.float64"

@@ -190,9 +190,9 @@ def test_dropout_drops_kept_weights_in_training_only():
     expected = layer(x)
     assert torch.equal(layer(x), expected)
     layer.train()
-    mean = torch.stack([layer(x) for _ in range(2000)]).mean(dim=0)
+    mean = torch.stack([layer(x) for _ in range(500)]).mean(dim=0)
     assert not torch.equal(layer(x), layer(x))
-    torch.testing.assert_close(mean, expected, atol=0.03, rtol=0)
+    torch.testing.assert_close(mean, expected, atol=0.06, rtol=0)
 
 
 def test_bfloat16_autocast_is_close_to_float32():
@@ -245,6 +245,7 @@ for side in (64, 96):
 """
 
 
+@pytest.mark.slow
 def test_exports_and_compiles_whole_at_two_resolutions():
     """In a process of its own: pytest's shape checks wrap what a compiler must see."""
     command = [sys.executable, "-W", "error::UserWarning", "-c", COMPILED]
