@@ -9,11 +9,11 @@ leaves out what others use of a busy machine.
 import logging
 import statistics
 import time
-from itertools import product
-from pathlib import Path
+from itertools import accumulate, product
 
 import torch
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from cytossl_core.attention import irpe_buckets, sr_attention
 
@@ -104,21 +104,17 @@ def synchronise(device) -> None:
 
 
 def peak_mib(work, path, device) -> float:
-    """Memory above what inputs take; on a CPU, of the process, by Linux's high-water mark."""
+    """Most memory of tensors at any time, above what was there before."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work(path)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmHWM")
-    work(path)
-    return (resident("VmHWM") - before) / 2**10
-
-
-def resident(name) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work(path)
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(accumulate(changes, initial=0)) / 2**20
 
 
 if __name__ == "__main__":
