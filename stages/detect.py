@@ -49,7 +49,12 @@ class DetectParams:
 
 
 def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -> None:
-    """Detect the nuclei of every slide that has patches."""
+    """Detect the nuclei of every slide that has patches.
+
+    Raises:
+        FileNotFoundError: the patches, or the detector's weights, are missing.
+        ValueError: slides failed, or a param is wrong.
+    """
     settings = params.load(DetectParams, "detect")
     plugin = plugins.load("detectors", settings.detector)
     own = params.load(plugin.Params, f"detect.{settings.detector}")
@@ -57,6 +62,8 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
     version = _detector(settings.detector, own).version
     # Weights count by their content, which is in the version, and not by where they lie.
     decisive = {name: value for name, value in asdict(own).items() if name != "weights"}
+    if not source.is_dir():
+        raise FileNotFoundError(f"no {source}: run `dvc repro tile` first")
     names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
     perslide.run(
         "detect",

@@ -210,6 +210,11 @@ def test_missing_weights_end_the_stage_before_any_slide(data):
     assert not (data / "detect").exists()
 
 
+def test_says_which_stage_comes_first(data):
+    with pytest.raises(FileNotFoundError, match=r"no data/tile: run `dvc repro tile` first"):
+        detect.main()
+
+
 def test_rejects_an_empty_batch():
     with pytest.raises(ValueError, match="detect.batch_patches is 0: it must be 1 or more"):
         replace(SETTINGS, batch_patches=0)
