@@ -67,7 +67,7 @@ class PretrainParams:
     weight_decay: float  # at first; biases and norms have none
     final_weight_decay: float  # at the end of the run
     clip_norm: float  # largest norm of the gradient of any one tensor; 0: no limit
-    autocast: Literal["none", "bf16"]  # bf16: matrix products in bfloat16, for a GPU
+    autocast: Literal["none", "bf16"]  # bf16: matrix products in bfloat16, where it is fast
     workers: int  # processes that read patches; 0: the training process reads
     log_steps: int  # steps between two points of the curves
     checkpoint_steps: int  # steps between two checkpoints
