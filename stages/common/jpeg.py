@@ -15,6 +15,7 @@ from zarr.core.common import JSON
 from zarr.registry import register_codec
 
 NAME = "imagecodecs_jpeg"
+LEVEL = 92
 SUBSAMPLING = "444"
 
 

@@ -19,25 +19,22 @@ x0, y0 are level-0 pixels; x, y are patch pixels. Both are continuous: pixel col
 digest of what the store was made from), schema. What made it stands beside it, in made.json.
 """  # noqa: E501
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import imagecodecs
 import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
 from stages.common import jpeg
-from stages.common.shards import ShardReader, write_shard
+from stages.common.patches import ZSTD_LEVEL, PatchStore, ViewStore, encoded
+from stages.common.shards import write_shard
 
 SCHEMA = 1
 SHARD_PATCHES = 512
-JPEG_LEVEL = 92
-ZSTD_LEVEL = 3
 ATTRIBUTES = ("slide_id", "mpp", "slide_mpp", "input")
 
 PATCHES = {"patch": ("uint8", 4), "origin": ("int64", 2)}
@@ -54,6 +51,9 @@ VIEWS = {
     "view_index": ("int64", 1),
 }
 BAG = {"embedding": ("float32", 2), "origin": ("int64", 2)}
+
+
+Store = TypeVar("Store", bound=PatchStore)
 
 
 @dataclass(frozen=True)
@@ -74,55 +74,6 @@ class Bag:
     embedding: np.ndarray
     origin: np.ndarray
     attributes: dict[str, Any]
-
-
-class PatchStore:
-    """Patches of one slide, decoded one at a time: `store[i]` is uint8 [px, px, 3]."""
-
-    def __init__(self, path: Path, layout: dict[str, tuple[str, int]] = PATCHES) -> None:
-        group = _open(path, layout)
-        array = group["patch"]
-        self.path = path
-        self.count, self.patch_px = int(array.shape[0]), int(array.shape[1])
-        self.attributes = dict(group.attrs)
-        self._shard_patches = int(array.shards[0])
-        self._decode = _decoder(array)
-        self.arrays = {name: group[name][:] for name in layout if name != "patch"}
-
-    @property
-    def origin(self) -> np.ndarray:
-        """Int64 [patch, 2]: level-0 pixels of each patch's top-left corner."""
-        return self.arrays["origin"]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, at: int) -> np.ndarray:
-        """Patch number `at`, uint8 [px, px, 3]."""
-        if not 0 <= at < self.count:
-            raise IndexError(f"{self.path} has {self.count} patches, no patch {at}")
-        shard, row = divmod(at, self._shard_patches)
-        return self._decode(self._reader(shard)[row])
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019 - a store lives as long as its readers
-    def _reader(self, shard: int) -> ShardReader:
-        return ShardReader(self.path / "patch" / "c" / f"{shard}/0/0/0", self._shard_patches)
-
-
-class ViewStore(PatchStore):
-    """Perturbed patches of one slide and the retained nuclei in each."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, VIEWS)
-
-    @property
-    def source(self) -> np.ndarray:
-        """Int64 [view]: the row of the tile store that each view was made from."""
-        return self.arrays["source"]
-
-    def points_of(self, at: int) -> np.ndarray:
-        """Float32 [points, 2]: retained nuclei of view `at`, (x, y) in patch pixels."""
-        return self.arrays["point"][self.arrays["view_index"] == at]
 
 
 def create_patches(
@@ -183,12 +134,12 @@ def create_bag(
 
 def open_patches(path: Path) -> PatchStore:
     """Open `data/tile/<slide>/patches.zarr`."""
-    return PatchStore(path)
+    return _open_store(PatchStore, path, PATCHES)
 
 
 def open_views(path: Path) -> ViewStore:
     """Open `data/perturb/<slide>/views.zarr`."""
-    return ViewStore(path)
+    return _open_store(ViewStore, path, VIEWS)
 
 
 def open_nuclei(path: Path) -> Nuclei:
@@ -239,7 +190,7 @@ def _write_patches(
         dimension_names=("patch", "height", "width", "channel"),
         **_codec_arguments(codec),
     )
-    chunks = _encoded(patches, codec, patch_px)
+    chunks = encoded(patches, codec, patch_px)
     written = sum(
         write_shard(path / "patch" / "c" / f"{at}/0/0/0", islice(chunks, shard), shard)
         for at in range(-(-count // shard))
@@ -250,29 +201,24 @@ def _write_patches(
 
 def _codec_arguments(codec: str) -> dict[str, Any]:
     if codec == "jpeg":
-        return {"serializer": jpeg.JpegCodec(JPEG_LEVEL), "compressors": None}
+        return {"serializer": jpeg.JpegCodec(jpeg.LEVEL), "compressors": None}
     if codec == "zstd":
         return {"compressors": ZstdCodec(level=ZSTD_LEVEL)}
     raise ValueError(f"codec is {codec!r}: it must be jpeg or zstd")
 
 
-def _encoded(patches: Iterable[np.ndarray], codec: str, patch_px: int) -> Iterator[bytes]:
-    for patch in patches:
-        if patch.shape != (patch_px, patch_px, 3) or patch.dtype != np.uint8:
-            raise ValueError(
-                f"a patch is {patch.dtype} {patch.shape}: it must be uint8 of {patch_px} px, RGB"
-            )
-        if codec == "jpeg":
-            yield jpeg.encode(np.ascontiguousarray(patch), JPEG_LEVEL)
-        else:
-            yield imagecodecs.zstd_encode(patch.tobytes(), level=ZSTD_LEVEL)
-
-
-def _decoder(array: zarr.Array) -> Callable[[bytes], np.ndarray]:
-    if isinstance(array.serializer, jpeg.JpegCodec):
-        return jpeg.decode
-    shape = array.shape[1:]
-    return lambda data: np.frombuffer(imagecodecs.zstd_decode(data), np.uint8).reshape(shape)
+def _open_store(kind: type[Store], path: Path, layout: dict[str, tuple[str, int]]) -> Store:
+    group = _open(path, layout)
+    array = group["patch"]
+    return kind(
+        path=path,
+        count=int(array.shape[0]),
+        patch_px=int(array.shape[1]),
+        shard_patches=int(array.shards[0]),
+        codec="jpeg" if isinstance(array.serializer, jpeg.JpegCodec) else "zstd",
+        attributes=dict(group.attrs),
+        arrays={name: group[name][:] for name in layout if name != "patch"},
+    )
 
 
 def _open(path: Path, layout: dict[str, tuple[str, int]]) -> zarr.Group:
