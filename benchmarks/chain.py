@@ -23,7 +23,7 @@ import yaml
 from stages.common import stores
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("cohort", "tile", "detect", "perturb", "pretrain", "embed", "evaluate", "report")
+STAGES = ("index", "cohort", "tile", "detect", "perturb", "pretrain", "embed", "evaluate", "report")
 READS = 2000
 
 
