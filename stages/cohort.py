@@ -25,7 +25,9 @@ from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
 
-SLIDE_ID = re.compile(r"[^\W_]([\w .()+=@-]{0,118}[\w()+=@-])?")  # names a folder on any system
+SLIDE_ID = re.compile(r"[^\W_]([\w .()+=@-]*[\w()+=@-])?")  # names a folder on any system
+LONGEST_ID = 120  # bytes; file systems take 255 for a name, and suffixes are added
+RESERVED = {"metrics.json", "slides", "con", "nul"}
 READERS = 4  # threads: hashing and opening wait for the disk
 
 
@@ -59,13 +61,16 @@ def main(target: Path = Path("data/cohort")) -> None:
 def _check_table(rows: list[SlideRow]) -> None:
     """Everything that is wrong with the rows as such."""
     problems = [] if rows else ["there are no slides: add some to the source"]
-    counts = Counter(row.slide_id for row in rows)
-    for slide_id, count in counts.items():
-        if count > 1:
-            problems.append(f"slide id {slide_id} occurs {count} times: give a column slide_id")
-        if not SLIDE_ID.fullmatch(slide_id):
+    counts = Counter(row.slide_id.casefold() for row in rows)  # some file systems fold case
+    for row in rows:
+        name = row.slide_id
+        if counts[name.casefold()] > 1:
+            problems.append(f"slide id {name} ({row.path}) occurs twice: give a column slide_id")
+        reserved = name.casefold() in RESERVED or len(name.encode()) > LONGEST_ID
+        if reserved or not SLIDE_ID.fullmatch(name):
             problems.append(
-                f"slide id {slide_id!r} cannot name a folder: use letters, digits, space, . _ -"
+                f"slide id {name!r} cannot name a folder: begin with a letter or digit, go on with "
+                f"letters, digits, space, ._()+=@-, end with no dot, {LONGEST_ID} bytes at most"
             )
     splits = defaultdict(set)
     for row in rows:
@@ -82,8 +87,14 @@ def _classes(rows: list[SlideRow], positive: str) -> list[str]:
     labels = sorted({row.label for row in rows})
     if len(labels) < 2:
         raise ValueError(f"all slides have the label {labels[0]!r}: a cohort needs two classes")
+    if len(labels) > 2:
+        raise ValueError(
+            f"the slides have {len(labels)} labels ({', '.join(labels)}): evaluation needs two; "
+            "merge labels or leave slides out"
+        )
     if positive and positive not in labels:
-        raise ValueError(f"cohort.positive is {positive!r}: the labels are {', '.join(labels)}")
+        choice = ", ".join(labels)
+        raise ValueError(f"cohort.positive is {positive!r}: set it to one of {choice}")
     return sorted(labels, key=lambda label: (label == positive, label))
 
 
@@ -94,11 +105,16 @@ def _opened(rows: list[SlideRow]) -> list[SlideRow]:
             tqdm(pool.map(_caught(_open), rows), total=len(rows), desc="cohort", unit="slide")
         )
     _raise([result for result in results if isinstance(result, str)])
-    seen: dict[str, str] = {}
-    for row in results:
-        if row.digest in seen:
-            logger.warning("slides %s and %s are the same file", seen[row.digest], row.slide_id)
-        seen[row.digest] = row.slide_id
+    first: dict[str, SlideRow] = {}
+    twins = [(first.setdefault(row.digest, row), row) for row in results]
+    _raise(
+        [
+            f"slides {one.slide_id} ({one.path}) and {other.slide_id} ({other.path}) have the same "
+            "content: take one out, or it may be trained and tested on"
+            for one, other in twins
+            if one is not other
+        ]
+    )
     return results
 
 
@@ -169,7 +185,7 @@ def _check_splits(rows: list[SlideRow]) -> None:
     labels = sorted({row.label for row in rows})
     _raise(
         [
-            f"split {split} has no slide of class {label}: add patients of it, or set column split"
+            f"split {split} has no slide of class {label}: it needs 3 patients or more, or a split"
             for split in cohort.SPLITS
             for label in labels
             if (split, label) not in present
@@ -180,7 +196,8 @@ def _check_splits(rows: list[SlideRow]) -> None:
 def _raise(problems: list[str]) -> None:
     if problems:
         listed = "\n  ".join(problems)
-        raise ValueError(f"the cohort has {len(problems)} problems:\n  {listed}")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise ValueError(f"the cohort has {count}:\n  {listed}")
 
 
 def _metrics(rows: list[SlideRow]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from jaxtyping import Float64, UInt8
 
 from stages.common import cache, params, perslide, plugins, run, stores
 from stages.common.perslide import Job
+from stages.common.pictures import write_jpeg
 from stages.detectors import Detection, Detector
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ def _draw(patches: stores.PatchStore, found: list[Detection], file: Path) -> Non
     pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % SHEET_COLUMNS)
     lines = [pictures[at : at + SHEET_COLUMNS] for at in range(0, len(pictures), SHEET_COLUMNS)]
     sheet = np.vstack([np.hstack(line) for line in lines])
-    cv2.imwrite(str(file), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    write_jpeg(file, sheet)
 
 
 def _circled(

@@ -4,33 +4,77 @@
     writes  data/index/slides.csv
 
 It runs at every `dvc repro`, in a fraction of a second, so that DVC sees a slide that was added,
-removed or replaced without reading terabytes. It imports the standard library and our params only.
+removed or replaced without reading terabytes. It finds wrong names in params.yaml too, before the
+stage that would stumble over them has cost its predecessors' time. On a machine where the folder is
+not, as after a `dvc pull`, the list stays as it was.
 """
 
+import logging
 import os
 from pathlib import Path
 
-from stages.common import cohort, params, run
+from stages.common import cohort, params, plugins, run
+
+logger = logging.getLogger(__name__)
 
 
-def main() -> None:
-    """List the folder's files; an empty list for sources that have no folder."""
-    chosen = params.section_of("cohort")
-    target = Path("data/index/slides.csv")
+ENCODERS = ("pretrained", "untrained")  # what pretrain leaves in data/pretrain
+
+
+def main(target: Path = Path("data/index/slides.csv")) -> None:
+    """Check the names in params.yaml and list the folder's files.
+
+    Raises:
+        ValueError: params.yaml names a plug-in or encoder that does not exist.
+    """
+    _check_names()
     lines = ["path,bytes,mtime_ns"]
-    if chosen.get("source") == "folder":
+    if params.section_of("cohort")["source"] == "folder":
         settings = params.section_of("cohort.folder")
         folder = cohort.locate(str(settings.get("slides")))
         labels = cohort.locate(str(settings.get("labels")))
+        if not folder.is_dir() and target.is_file():
+            logger.info("index: no folder %s here, its list is kept", folder)
+            return
         lines += [_line(file, str(file.relative_to(folder))) for file in _files(folder)]
         lines += [_line(labels, "labels")] if labels.is_file() else []
     with run.atomic(target) as temporary:
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "\n".join(lines) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _check_names() -> None:
+    """Find a wrong name now, not when its stage begins."""
+    params.load(params.Top)
+    heads, encoders = (
+        params.section_of(section)[key]
+        for section, key in (("evaluate", "heads"), ("embed", "encoders"))
+    )
+    for place, names in (("evaluate.heads", heads), ("embed.encoders", encoders)):
+        if not names:
+            raise ValueError(f"params.yaml: {place} is {names}: name one or more")
+    for name in encoders:
+        if name not in ENCODERS:
+            choice = ", ".join(ENCODERS)
+            raise ValueError(f"params.yaml: embed.encoders names {name!r}: choose of {choice}")
+    plugins.check("sources", params.section_of("cohort")["source"])
+    plugins.check("detectors", params.section_of("detect")["detector"])
+    plugins.check("methods", params.section_of("pretrain")["method"])
+    for name in heads:
+        plugins.check("heads", name)
 
 
 def _files(folder: Path) -> list[Path]:
-    walked = os.walk(folder, followlinks=True)
-    return sorted(Path(place) / name for place, _, names in walked for name in names)
+    """Every file below the folder; links are followed, each place once."""
+    found, seen = [], set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        found += [Path(place) / name for name in names if (Path(place) / name).is_file()]
+    return sorted(found)
 
 
 def _line(file: Path, name: str) -> str:

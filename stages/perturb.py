@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from cytossl_core.perturbation import near_points, perturb
-from stages.common import cache, params, perslide, run, stores
+from stages.common import cache, params, perslide, pictures, run, stores
 from stages.common.perslide import Job
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _draw(patches: stores.PatchStore, views: stores.ViewStore, file: Path) -> No
     blank = np.full((EXAMPLE_PX, 2 * EXAMPLE_PX, 3), 255, np.uint8)
     pairs += [blank] * (len(pairs) % 2 or 2 * (not pairs))
     sheet = np.vstack([np.hstack(pairs[at : at + 2]) for at in range(0, len(pairs), 2)])
-    cv2.imwrite(str(file), sheet[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    pictures.write_jpeg(file, sheet)
 
 
 def _pairs(

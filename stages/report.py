@@ -53,7 +53,7 @@ def main(
     Raises:
         FileNotFoundError: something is missing; the message names the stage that makes it.
     """
-    page = {"settings": _tracked(settings_file), **collect(data)}
+    page = {"settings": _tracked(settings_file), **collect(data, settings_file)}
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, undefined=StrictUndefined)
     text = environment.get_template(TEMPLATE).render(page)
@@ -62,13 +62,13 @@ def main(
     logger.info("report: %s, %.1f MB", target / "index.html", len(text) / 1e6)
 
 
-def collect(data: Path) -> dict[str, Any]:
+def collect(data: Path, settings_file: Path) -> dict[str, Any]:
     """Everything on the page that comes from the stages."""
     rows, classes = cohort.read_rows(data / "cohort"), cohort.read_classes(data / "cohort")
     of_class = {label: [row for row in rows if row.label == label] for label in classes[::-1]}
     shown = [row for found in of_class.values() for row in found[:SLIDES_PER_CLASS]]
     firsts = [found[0] for found in of_class.values()]
-    cells = read_cells(data / "evaluate")
+    cells = read_cells(data / "evaluate", settings_file)
     pretrain = data / "pretrain"
     return {
         "counts": {stage: _flat(_read_json(data / stage, stage)) for stage in COUNTED},
@@ -85,24 +85,25 @@ def collect(data: Path) -> dict[str, Any]:
     }
 
 
-def read_cells(folder: Path) -> list[dict[str, Any]]:
-    """What evaluate wrote for each encoder and head, in the order of their names."""
-    found = sorted(folder.glob("*/*/metrics.json"))
-    if not found:
-        raise FileNotFoundError(
-            f"no {folder}/<encoder>/<head>/metrics.json: run `dvc repro evaluate`"
-        )
-    return [
-        {
-            "encoder": file.parent.parent.name,
-            "head": file.parent.name,
-            "metrics": json.loads(file.read_text(encoding="utf-8")),
-            "roc": _read_csv(file.parent / "roc.csv"),
-            "predictions": _read_csv(file.parent / "predictions.csv"),
-            "attention": _read_csv(file.parent / "attention.csv"),
-        }
-        for file in found
-    ]
+def read_cells(folder: Path, settings_file: Path) -> list[dict[str, Any]]:
+    """What evaluate wrote for each encoder and head that params.yaml names, in that order."""
+    encoders, heads = (
+        params.section_of(section, settings_file)[key]
+        for section, key in (("embed", "encoders"), ("evaluate", "heads"))
+    )
+    return [_read_cell(folder, encoder, head) for encoder in encoders for head in heads]
+
+
+def _read_cell(folder: Path, encoder: str, head: str) -> dict[str, Any]:
+    place = folder / encoder / head
+    return {
+        "encoder": encoder,
+        "head": head,
+        "metrics": json.loads(_need(place / "metrics.json", "evaluate").read_text("utf-8")),
+        "roc": _read_csv(place / "roc.csv"),
+        "predictions": _read_csv(place / "predictions.csv"),
+        "attention": _read_csv(place / "attention.csv"),
+    }
 
 
 def best_of(cells: list[dict[str, Any]]) -> dict[str, float]:

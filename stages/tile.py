@@ -20,7 +20,7 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from stages.common import cohort, params, perslide, run, slides, stores
+from stages.common import cohort, params, perslide, pictures, run, slides, stores
 from stages.common.perslide import Job
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _draw(slide: slides.Slide, corners: np.ndarray, settings: TileParams, file: 
         first = (int(x0 * shrink), int(y0 * shrink))
         last = (int((x0 + side) * shrink) - 1, int((y0 + side) * shrink) - 1)
         cv2.rectangle(picture, first, last, MARK_RGB, 2)
-    cv2.imwrite(str(file), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    pictures.write_jpeg(file, picture)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _files(folder: Path) -> Iterator[Path]:
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in _files(folder):
-        if file.suffix not in PICTURES:
+        if file.suffix not in PICTURES and file.name != MADE:
             with file.open("rb") as opened:
                 inner = hashlib.file_digest(opened, "sha256").hexdigest()
             digest.update(f"{file.relative_to(folder).as_posix()}\n{inner}\n".encode())
@@ -142,11 +142,15 @@ def _digest(folder: Path) -> str:
 
 def import_outputs(data: Path = Path("data")) -> int:
     """Link finished results under `data/` into the cache and return how many were new there."""
+    if not data.is_dir():
+        raise FileNotFoundError(f"no folder {data} here: run `dvc pull` first")
     added = 0
     for made in sorted(data.rglob(MADE)):
         stage, key = (str(describe(made.parent)[name]) for name in ("stage", "key"))
         if not re.fullmatch(r"[a-z_]+", stage) or not re.fullmatch(r"[0-9a-f]{64}", key):
             raise ValueError(f"{made} names stage {stage!r}, key {key!r}: pull or remake it")
+        if _digest(made.parent) != content(made.parent):
+            raise ValueError(f"{made.parent} is damaged: delete it and run `dvc checkout` again")
         final = entry(stage, key)
         if not final.exists():
             final.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole or absent, the last few kept, and a way to stop at one."""
 
+import io
 import logging
 import os
 import signal
@@ -36,7 +37,9 @@ def save(folder: Path, step: int, parts: dict[str, Part], kept: int = KEPT) -> N
     """Write the state of all parts after `step` steps, then drop all but the newest `kept`."""
     state = {name: part.state_dict() for name, part in parts.items()}
     with run.atomic(folder / f"step-{step:09d}.pt") as temporary, temporary.open("wb") as opened:
-        torch.save({"step": step, **state}, opened)
+        written = io.BytesIO()  # torch's writer hides a full disk behind an error of its own
+        torch.save({"step": step, **state}, written)
+        opened.write(written.getbuffer())
         opened.flush()
         os.fsync(opened.fileno())  # the name must not reach the disk before the bytes
     for old in _found(folder)[:-kept]:

@@ -17,7 +17,13 @@ def digest_of(files: list[Path]) -> str:
     Raises:
         FileNotFoundError: a file is gone.
     """
-    inner = [_remembered(file) for file in files]
+    try:
+        inner = [_remembered(file) for file in files]
+    except sqlite3.OperationalError as error:
+        place = cache.root() / "digests.sqlite"
+        raise OSError(
+            f"{place} cannot be written: {error}; free space or set CYTOSSL_CACHE"
+        ) from None
     return inner[0] if len(inner) == 1 else hashlib.sha256("\n".join(inner).encode()).hexdigest()
 
 

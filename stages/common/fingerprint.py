@@ -90,4 +90,15 @@ def _tree(file: Path) -> str:
             first = node.body[0] if node.body else None
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body = node.body[1:]
-    return ast.dump(tree)
+    return _written(tree)
+
+
+def _written(node: object) -> str:
+    """A tree as text, empty fields left out: Python versions differ in which of those there are."""
+    if isinstance(node, ast.AST):
+        fields = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        inner = ",".join(f"{name}={_written(value)}" for name, value in fields)
+        return f"{type(node).__name__}({inner})"
+    if isinstance(node, list):
+        return f"[{','.join(map(_written, node))}]"
+    return repr(node)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -19,6 +20,16 @@ class Top:
     seed: int  # of everything drawn at random
     sparse_topk: int  # keys that each query keeps; 0: all (dense attention)
     irpe: typing.Literal["none", "k", "qk", "qkv"]  # where relative positions enter
+
+    def __post_init__(self) -> None:
+        """Refuse what no stage could use."""
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"params.yaml: seed is {self.seed}: it must be from 0 to 2147483647")
+        if self.sparse_topk < 0:
+            raise ValueError(
+                f"params.yaml: sparse_topk is {self.sparse_topk}: it must be 1 or more, or 0 for "
+                "dense attention"
+            )
 
 
 def load(cls: type[T], section: str = "", path: Path = Path("params.yaml")) -> T:
@@ -106,6 +117,8 @@ def _cast(value: Any, kind: Any, name: str) -> Any:
         raise ValueError(
             f"{name} is {value!r} ({type(value).__name__}): it must be {kind.__name__}"
         )
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}: it must be finite")
     return value
 
 

@@ -42,6 +42,13 @@ class EngineParams:
     workers: int  # processes on this machine; 0: one per core
     scheduler: str  # address of a running Dask scheduler; empty: a cluster on this machine
 
+    def __post_init__(self) -> None:
+        """Refuse a count that would wait forever."""
+        if self.workers < 0:
+            raise ValueError(
+                f"params.yaml: engine.workers is {self.workers}: it must be 0 (all cores) or more"
+            )
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,6 +85,7 @@ def run(
     Raises:
         ValueError: slides failed; all others are in the cache, and a rerun makes only those.
     """
+    engine = params.load(EngineParams, "engine")
     cache.sweep(stage)
     if target.exists():
         shutil.rmtree(target)
@@ -89,22 +97,30 @@ def run(
     }
     missing = [job for job in jobs if not cache.entry(stage, keys[job.slide_id]).is_dir()]
     logger.info("%s: %d slides to make, %d reused", stage, len(missing), len(jobs) - len(missing))
-    failures = _build_all(stage, make, missing, keys, {"settings": settings, "code": digest})
+    made = {"settings": settings, "code": digest}
+    failures = _build_all(stage, make, missing, keys, made, engine) if missing else {}
+    cache.sweep(stage)
     _report(stage, failures, len(jobs))
     for job in jobs:
         cache.link(cache.entry(stage, keys[job.slide_id]), target / job.slide_id)
 
 
 def _build_all(
-    stage: str, make: Make, jobs: list[Job], keys: dict[str, str], provenance: dict[str, Any]
+    stage: str,
+    make: Make,
+    jobs: list[Job],
+    keys: dict[str, str],
+    provenance: dict[str, Any],
+    engine: EngineParams,
 ) -> dict[str, str]:
     """Make every job's result and return the error of each slide that failed."""
-    if not jobs:
-        return {}
     failures: dict[str, str] = {}
     build = functools.partial(_build, stage, make, provenance=provenance)
     begun = time.perf_counter()
-    with _client(len(jobs)) as client, tqdm(total=len(jobs), desc=stage, unit="slide") as bar:
+    with (
+        _client(engine, len(jobs)) as client,
+        tqdm(total=len(jobs), desc=stage, unit="slide") as bar,
+    ):
         for job, error in _window(client, build, jobs, keys):
             if error:
                 failures[job.slide_id] = error
@@ -161,16 +177,15 @@ def _explain(error: BaseException) -> str:
 
 
 @contextmanager
-def _client(job_count: int) -> Iterator[Any]:
+def _client(engine: EngineParams, job_count: int) -> Iterator[Any]:
     import dask
 
     # Before distributed is imported, which sets its loggers up once: failures are ours to tell.
     dask.config.set({"logging.distributed": "critical"})
     from distributed import Client, LocalCluster
 
-    engine = params.load(EngineParams, "engine")
     if engine.scheduler:
-        with Client(engine.scheduler) as client:
+        with _connected(Client, engine.scheduler) as client:
             yield client
         return
     workers = min(engine.workers or len(os.sched_getaffinity(0)), job_count)
@@ -185,6 +200,16 @@ def _client(job_count: int) -> Iterator[Any]:
         )
         with cluster, Client(cluster) as client:
             yield client
+
+
+def _connected(connect: Callable[[str], Any], address: str) -> Any:
+    try:
+        return connect(address)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"params.yaml: engine.scheduler is {address!r} and does not answer ({error}): "
+            "start it, or leave the key empty for this machine"
+        ) from None
 
 
 def _report(stage: str, failures: dict[str, str], total: int) -> None:

@@ -19,7 +19,12 @@ def load(family: str, name: str) -> ModuleType:
     Raises:
         ValueError: there is no such file; the message lists those that exist.
     """
+    check(family, name)
+    return importlib.import_module(f"stages.{family}.{name}")
+
+
+def check(family: str, name: str) -> None:
+    """Refuse a name that is no plug-in of the family, without importing any."""
     if name not in names(family):
         known = ", ".join(names(family))
         raise ValueError(f"no {name!r} in stages/{family}: choose one of {known}")
-    return importlib.import_module(f"stages.{family}.{name}")

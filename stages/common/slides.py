@@ -19,6 +19,8 @@ PLAUSIBLE_MPP = (0.02, 40.0)
 ANISOTROPY = 0.02  # largest relative difference of mpp along x and y
 # Pillow would open the thumbnail page of some of these, and pass it for the slide.
 WHOLE_SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"}
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # others may start programs (EPS: Ghostscript)
+BITS_PER_SAMPLE = 258  # TIFF tag
 Image.MAX_IMAGE_PIXELS = 1 << 29
 
 
@@ -106,10 +108,15 @@ class _Plain:
     def __init__(self, path: Path) -> None:
         self.properties: dict[str, str] = {}
         if path.suffix.lower() in WHOLE_SLIDE_SUFFIXES:
-            raise ValueError(f"slide {path.name} is damaged: OpenSlide does not know it as a slide")
+            raise ValueError(
+                f"slide {path.name} is damaged, OpenSlide does not know it: copy it again"
+            )
         try:
             # Pillow warns of damaged EXIF blocks, which are not pixels.
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            with (
+                warnings.catch_warnings(action="ignore"),
+                Image.open(path, formats=FORMATS) as image,
+            ):
                 self._image = _eight_bit(image, path)
         except UnidentifiedImageError:
             raise ValueError(
@@ -184,7 +191,8 @@ def _checked_mpp(path: Path, mpp: float) -> float:
 
 
 def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith(("I", "F")) or max(tags.get(BITS_PER_SAMPLE, (8,))) > 8:
         raise ValueError(f"slide {path.name} has 16 or 32 bits a channel: convert it to 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -5,13 +5,19 @@ mpp and split (train, val, test). Without patient each slide is a patient of its
 """
 
 import csv
+import difflib
+import logging
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from stages.common import cache
 from stages.common.cohort import SPLITS, SlideRow, locate
 from stages.common.slides import entry_file
 
+logger = logging.getLogger(__name__)
+
+LINE = " line"  # no column can be called so: names are stripped
 REQUIRED = ("slide", "label")
 KNOWN = (*REQUIRED, "patient", "slide_id", "mpp", "split")
 
@@ -37,14 +43,15 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
     table = _read(labels)
     problems: list[str] = []
     rows = []
-    for number, record in enumerate(table, start=2):
+    for record in table:
         try:
             rows.append(_row(record, folder))
         except (ValueError, FileNotFoundError) as error:
-            problems.append(f"line {number}: {error}")
+            problems.append(f"line {record[LINE]}: {error}")
     if problems:
         listed = "\n  ".join(problems)
-        raise ValueError(f"{labels.name} has {len(problems)} problems:\n  {listed}")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise ValueError(f"{labels.name} has {count}:\n  {listed}")
     return rows
 
 
@@ -52,20 +59,43 @@ def _read(labels: Path) -> list[dict[str, str]]:
     if not labels.is_file():
         columns = ", ".join(KNOWN)
         raise FileNotFoundError(f"no labels file {labels}: write a CSV with columns {columns}")
-    with labels.open(newline="", encoding="utf-8-sig") as opened:
-        reader = csv.DictReader(opened)
-        columns = [column.strip() for column in reader.fieldnames or []]
-        for column in REQUIRED:
-            if column not in columns:
-                found = ", ".join(columns) or "nothing"
-                raise ValueError(f"{labels.name} has no column {column}: it has {found}")
-        table = [
-            {str(name).strip(): (value or "").strip() for name, value in record.items() if name}
-            for record in reader
-        ]
+    try:
+        with labels.open(newline="", encoding="utf-8-sig") as opened:
+            reader = csv.DictReader(opened)
+            _check_columns([column.strip() for column in reader.fieldnames or []], labels.name)
+            table = [_clean(record, reader.line_num) for record in reader]
+    except UnicodeDecodeError:
+        raise ValueError(f"{labels.name} is not UTF-8 text: save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{labels.name} is no CSV: {error}; look for a stray quote") from None
     if not table:
         raise ValueError(f"{labels.name} names no slides: add a row for each slide")
     return table
+
+
+def _check_columns(columns: list[str], name: str) -> None:
+    """Refuse a table whose columns are absent, twice there, or nearly named as one we know."""
+    for column in REQUIRED:
+        if column not in columns:
+            found = ", ".join(columns) or "nothing"
+            raise ValueError(
+                f"{name} has no column {column}: it has {found}; separate columns by commas"
+            )
+    for column in columns:
+        if columns.count(column) > 1:
+            raise ValueError(f"{name} has the column {column} twice: remove one")
+        near = difflib.get_close_matches(column.casefold(), KNOWN, 1, 0.75)
+        if column not in KNOWN and near:
+            raise ValueError(f"{name} has a column {column}: call it {near[0]}, or rename it")
+    if "patient" not in columns:
+        logger.info("%s has no column patient: each slide counts as one patient", name)
+
+
+def _clean(record: dict[str | None, Any], line: int) -> dict[str, str]:
+    if None in record:
+        raise ValueError(f"line {line} has more fields than columns: quote what holds a comma")
+    fields = {str(name).strip(): (value or "").strip() for name, value in record.items()}
+    return {**fields, LINE: str(line)}
 
 
 def _row(record: dict[str, str], folder: Path) -> SlideRow:

@@ -83,7 +83,7 @@ def test_failures_name_the_slide_and_lose_nothing():
     assert re.search("dead: its worker process died", text)
     assert "full: no space left on the disk" in text
     assert made() == 3
-    assert not list(cache.root().glob("toy/*/*.tmp.*"))
+    assert not list(cache.root().glob("toy/*/*.tmp"))
     run(jobs("a", "b", "c"))
     assert made() == 3
 
@@ -105,6 +105,23 @@ def test_pulled_outputs_refill_the_cache(tmp_path, monkeypatch):
     assert cache.import_outputs() == 2
     assert made() == 2
     assert cache.import_outputs() == 0
+
+
+def test_import_refuses_a_damaged_result(tmp_path, monkeypatch):
+    run(jobs("a"))
+    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "elsewhere"))
+    file = Path("data/toy/a/inner/value.txt")
+    file.unlink()
+    file.write_text("cut")
+    with pytest.raises(ValueError, match="data/toy/a is damaged: delete it and run `dvc checkout`"):
+        cache.import_outputs()
+    assert made() == 0
+
+
+def test_refuses_workers_below_zero(tmp_path):
+    (tmp_path / "params.yaml").write_text('engine:\n  workers: -1\n  scheduler: ""\n')
+    with pytest.raises(ValueError, match=r"engine\.workers is -1"):
+        run(jobs("a"))
 
 
 def test_import_refuses_a_key_that_leaves_the_cache(tmp_path):

@@ -79,7 +79,16 @@ def test_refuses_what_is_no_slide(tmp_path, name, content, message):
         slides.Slide(tmp_path / name, 0.25)
 
 
+def test_refuses_formats_that_start_programs(tmp_path):
+    (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match="of no format"):
+        slides.Slide(tmp_path / "a.eps", 0.25)
+
+
 def test_refuses_16_bits(tmp_path):
+    tifffile.imwrite(tmp_path / "deep.tif", np.zeros((9, 9, 3), np.uint16), photometric="rgb")
+    with pytest.raises(ValueError, match="16 or 32 bits a channel"):
+        slides.Slide(tmp_path / "deep.tif", 0.25)
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(ValueError, match="16 or 32 bits a channel"):
         slides.Slide(tmp_path / "deep.png", 0.25)

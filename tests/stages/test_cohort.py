@@ -1,5 +1,6 @@
 import csv
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def place(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(f"slides/inner/s{number:02d}.png")
     write_params()
     write_labels(rows())
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def use_folder() -> None:
+    """The demo's params, with the folder as source."""
+    text = (ROOT / "params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("source: synthetic", "source: folder", 1))
 
 
 def rows(**changes: str) -> list[dict[str, str]]:
@@ -128,7 +138,7 @@ def with_first(**changes: str) -> list[dict[str, str]]:
         (with_first(mpp="fine"), "has mpp 'fine': it must be a number"),
         (with_first(mpp=""), "s00.png has no mpp in its metadata: give it in the labels file"),
         (with_first(mpp="-1"), "s00.png is said to be -1 mpp"),
-        (with_first(slide="inner/s01.png"), "slide id s01 occurs 2 times"),
+        (with_first(slide="inner/s01.png"), "slide id s01 (slides/inner/s01.png) occurs twice"),
         (rows(label="benign"), "all slides have the label 'benign'"),
         ([{"slide": "inner/s00.png"}], "labels.csv has no column label: it has slide"),
         (rows(split="dev"), "has split 'dev': choose of train, val, test"),
@@ -144,6 +154,11 @@ def with_first(**changes: str) -> list[dict[str, str]]:
         ([{**row, "slide_id": f"../{n}"} for n, row in enumerate(rows())], "cannot name a folder"),
         ([{**row, "slide_id": "a/b"} for row in rows()[:1]], "cannot name a folder"),
         ([{**row, "slide_id": "."} for row in rows()[:1]], "cannot name a folder"),
+        (with_first(slide_id="metrics.json"), "'metrics.json' cannot name a folder"),
+        (with_first(slide_id="細" * 60), "120 bytes at most"),
+        (with_first(slide_id="S01"), "slide id S01 (slides/inner/s00.png) occurs twice"),
+        (rows(Patient="p"), "has a column Patient: call it patient, or rename it"),
+        (with_first(label="other"), "the slides have 3 labels (benign, malignant, other)"),
     ],
 )
 def test_refuses_a_bad_table_and_writes_nothing(table, message):
@@ -170,7 +185,7 @@ def test_every_problem_is_told_at_once():
     ("changes", "message"),
     [
         ({"source": "clinic"}, "no 'clinic' in stages/sources: choose one of folder, synthetic"),
-        ({"positive": "cancer"}, "cohort.positive is 'cancer': the labels are benign, malignant"),
+        ({"positive": "cancer"}, "cohort.positive is 'cancer': set it to one of benign, malignant"),
         ({"test_share": 1.0}, "cohort.test_share is 1.0: it must be above 0 and below 1"),
         ({"folder": {"slides": "none", "labels": "l.csv"}}, "no folder none"),
         ({"folder": {"slides": "slides", "labels": "none.csv"}}, "no labels file"),
@@ -182,6 +197,36 @@ def test_refuses_bad_params(changes, message):
         stage.main()
 
 
+def test_refuses_the_same_content_under_two_names():
+    Path("slides/inner/s03.png").write_bytes(Path("slides/inner/s00.png").read_bytes())
+    with pytest.raises(ValueError, match=r"slides s00 \(.*\) and s03 \(.*\) have the same content"):
+        stage.main()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"slide;label\na;b\n", "has no column slide: it has slide;label; separate columns by"),
+        (b"slide,label,label\na,b,c\n", "has the column label twice"),
+        (b"slide,label\na,b,c\n", "line 2 has more fields than columns"),
+        (b"slide,label\ninner/s\xe900.png,b\n", "labels.csv is not UTF-8 text"),
+        (b"slide,label\n\n\nnone.png,b\n", "line 4: slide none.png is not in"),
+        (b"slide,label\n" + b"a" * 200_000 + b",b\n", "labels.csv is no CSV"),
+    ],
+)
+def test_refuses_what_is_not_the_csv_it_should_be(content, message):
+    Path("slides/labels.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        stage.main()
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_read():
+    text = Path("slides/labels.csv").read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    Path("slides/labels.csv").write_bytes(b"\xef\xbb\xbf" + text)
+    stage.main()
+    assert len(cohort.read_rows()) == 12
+
+
 def test_names_with_spaces_and_accents_work():
     Path("slides/inner/s00.png").rename("slides/inner/Lamina nº 3 (b).png")
     write_labels(with_first(slide="inner/Lamina nº 3 (b).png"))
@@ -189,7 +234,44 @@ def test_names_with_spaces_and_accents_work():
     assert "Lamina nº 3 (b)" in [row.slide_id for row in cohort.read_rows()]
 
 
+@pytest.mark.parametrize(
+    ("param", "value", "message"),
+    [
+        ("detect.detector", "eye", "no 'eye' in stages/detectors: choose one of cellpose"),
+        ("pretrain.method", "dyno", "no 'dyno' in stages/methods: choose one of dino"),
+        ("evaluate.heads", ["abmil", "hydra"], "no 'hydra' in stages/heads"),
+        ("evaluate.heads", [], "evaluate.heads is []: name one or more"),
+        ("embed.encoders", ["resnet"], "embed.encoders names 'resnet': choose of pretrained"),
+        ("sparse_topk", -1, "sparse_topk is -1: it must be 1 or more, or 0"),
+        ("seed", 10**23, "it must be from 0 to"),
+    ],
+)
+def test_the_index_finds_wrong_names_before_any_work(param, value, message):
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    *sections, key = param.split(".")
+    inner = values
+    for name in sections:
+        inner = inner[name]
+    inner[key] = value
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        index.main()
+
+
+def test_the_index_survives_stray_links_and_a_slide_folder_that_is_away():
+    use_folder()
+    Path("slides/.#lock").symlink_to("nowhere")
+    Path("slides/loop").symlink_to(Path("slides").absolute())
+    index.main()
+    before = Path("data/index/slides.csv").read_text()
+    assert before.count("s00.png") == 1
+    Path("slides").rename("away")
+    index.main()
+    assert Path("data/index/slides.csv").read_text() == before
+
+
 def test_the_index_sees_a_replaced_slide_and_is_empty_without_a_folder():
+    use_folder()
     index.main()
     before = Path("data/index/slides.csv").read_text()
     index.main()
@@ -197,6 +279,6 @@ def test_the_index_sees_a_replaced_slide_and_is_empty_without_a_folder():
     Image.new("RGB", (50, 40), "red").save("slides/inner/s00.png")
     index.main()
     assert Path("data/index/slides.csv").read_text() != before
-    write_params(source="synthetic")
+    shutil.copy(ROOT / "params.yaml", "params.yaml")
     index.main()
     assert Path("data/index/slides.csv").read_text() == "path,bytes,mtime_ns\n"

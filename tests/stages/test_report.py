@@ -17,7 +17,12 @@ from stages.common import cohort, stores
 from stages.common.cohort import SlideRow
 
 HOSTILE = "<script>alert('x')&\""
-CELLS = {("pretrained", "abmil"): 0.9, ("pretrained", "meanpool"): 0.8, ("plain", "abmil"): 0.9}
+CELLS = {
+    ("pretrained", "abmil"): 0.9,
+    ("pretrained", "meanpool"): 0.8,
+    ("plain", "abmil"): 0.9,
+    ("plain", "meanpool"): 0.7,
+}
 PATCHES = 11
 
 
@@ -100,6 +105,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     curves.mkdir(parents=True)
     (curves / "loss.tsv").write_text("step\tloss\n0\t3.5\n1\t2.5\n2\t1.5\n")
     settings = {"seed": 7, "engine": {"workers": 93}, "tile": {"mpp": 0.5, "nested": {"deep": 31}}}
+    encoders, heads = (list(dict.fromkeys(names)) for names in zip(*CELLS, strict=True))
+    settings |= {"embed": {"encoders": encoders}, "evaluate": {"heads": heads}}
     (root / "params.yaml").write_text(yaml.safe_dump(settings))
     return root
 
@@ -169,11 +176,12 @@ def test_the_best_of_each_column_is_bold_and_ties_share_it(root: Path) -> None:
     table = page_of(root).split("<tbody>")[1].split("</tbody>")[0]
     body = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)
     assert [re.findall(r'"name">(\w+)', line) for line in body] == [
-        ["plain", "abmil"],
         ["pretrained", "abmil"],
         ["pretrained", "meanpool"],
+        ["plain", "abmil"],
+        ["plain", "meanpool"],
     ]
-    assert [line.count("<b>0.900</b> <span>± 0.010</span>") for line in body] == [3, 3, 0]
+    assert [line.count("<b>0.900</b> <span>± 0.010</span>") for line in body] == [3, 0, 3, 0]
     assert all("<td>0.500</td>" in re.sub(r"\s*(</?td>)\s*", r"\1", line) for line in body)
 
 
@@ -181,7 +189,7 @@ def test_attention_shows_the_highest_and_lowest_patches(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "PATCHES", 4)
-    data, cells = root / "data", report.read_cells(root / "data" / "evaluate")
+    data, cells = root / "data", report.read_cells(root / "data" / "evaluate", root / "params.yaml")
     tests = {"ill": [row for row in rows() if row.label == "ill"]}
     shown = report.attention_rows(data, cells, tests)
     assert [(item["encoder"], item["head"]) for item in shown] == [
@@ -195,7 +203,7 @@ def test_attention_shows_the_highest_and_lowest_patches(
 
 
 def test_few_patches_are_not_shown_twice(root: Path) -> None:
-    cells = report.read_cells(root / "data" / "evaluate")
+    cells = report.read_cells(root / "data" / "evaluate", root / "params.yaml")
     shown = report.attention_rows(root / "data", cells, {"ill": rows()[5:]})
     assert [len(shown[0][name]) for name in ("high", "low")] == [5, 5]
 
@@ -249,3 +257,8 @@ def test_missing_evaluation_names_its_stage(root: Path) -> None:
     shutil.rmtree(root / "data" / "evaluate")
     with pytest.raises(FileNotFoundError, match="run `dvc repro evaluate`"):
         page_of(root)
+
+
+def test_results_of_another_configuration_stay_out(root):
+    write_cell(root / "data", "stale-encoder", "abmil", 0.99)
+    assert "stale-encoder" not in page_of(root)
