@@ -215,9 +215,9 @@ def test_build_lists_what_it_drew(tmp_path, monkeypatch):
             make(target / job.slide_id, job)
 
     monkeypatch.setattr(perslide, "run", run_here)
-    params = replace(PARAMS, slides=2, width_px=257, height_px=263)
+    params = replace(PARAMS, slides=3, width_px=257, height_px=263)
     rows = synthetic.build(params, 7, tmp_path)
-    assert [row.slide_id for row in rows] == ["syn-000", "syn-001"]
+    assert [row.slide_id for row in rows] == ["syn-000", "syn-001", "syn-002"]
     assert {row.label for row in rows} == {"negative", "positive"}
     for row in rows:
         assert openslide.OpenSlide(row.path).dimensions == (257, 263)
