@@ -253,17 +253,26 @@ def test_exports_and_compiles_whole_at_two_resolutions():
     assert done.returncode == 0, done.stderr
 
 
-def test_trains_under_ddp(tmp_path):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    try:
-        layer = filled(SRAttention(15, num_heads=3, topk=4))
-        x = torch.randn(2, 10, 15)
-        expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
-        wrapped = nn.parallel.DistributedDataParallel(layer)
-        wrapped(x).square().sum().backward()
-        for parameter, grad in zip(layer.parameters(), expected, strict=True):
-            torch.testing.assert_close(parameter.grad, grad)
-    finally:
-        torch.distributed.destroy_process_group()
+def _ddp_rank(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    layer, x = ddp_layer_and_input()
+    wrapped = nn.parallel.DistributedDataParallel(layer)
+    wrapped(x[rank::2]).square().sum().mul(2).backward()  # DDP takes the mean over ranks
+    if rank == 0:
+        grads = [parameter.grad for parameter in layer.parameters()]
+        torch.save(grads, Path(store.removeprefix("file://")).parent / "grads")
+    torch.distributed.destroy_process_group()
+
+
+def ddp_layer_and_input():
+    torch.manual_seed(3)
+    return filled(SRAttention(15, num_heads=3, topk=4)), torch.randn(4, 10, 15)
+
+
+def test_two_ranks_under_ddp_get_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(_ddp_rank, (f"file://{tmp_path}/store",), nprocs=2)
+    layer, x = ddp_layer_and_input()
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    for found, wanted in zip(torch.load(tmp_path / "grads"), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
