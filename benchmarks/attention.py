@@ -65,6 +65,7 @@ def compare(batch, heads, token, irpe, device, dtype) -> None:
         for name in ("table_q", "table_k", "table_v"):
             tables[name] = torch.randn(1, count, HEAD_DIM, device=device).mul_(0.1).requires_grad_()
     leaves = [*qkv, *tables.values()]
+    torch.compiler.reset()  # else torch gives up after eight shapes and runs eagerly
     compiled = torch.compile(lambda: reference(), dynamic=False)
 
     def reference():
