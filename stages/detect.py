@@ -3,6 +3,8 @@
     reads   data/tile/<slide>/patches.zarr
     writes  data/detect/<slide>/nuclei.zarr  centroids, radii, scores (stages/common/stores.py)
             data/detect/<slide>/overlay.jpg  some patches with their nuclei circled
+            data/detect/<slide>/tally.json   counts and radii in short (stages/common/tally.py)
+            data/detect/slides.csv           a slide a row, odd ones flagged (common/quality.py)
             data/detect/metrics.json         slides, patches, nuclei, ...
 
 Run it with `dvc repro detect`; its settings are the `detect` section of params.yaml, those of the
@@ -23,7 +25,7 @@ import cv2
 import numpy as np
 from jaxtyping import Float64, UInt8
 
-from stages.common import cache, params, perslide, plugins, run, stores
+from stages.common import cache, params, perslide, plugins, quality, run, stores, tally
 from stages.common.perslide import Job
 from stages.common.pictures import write_jpeg
 from stages.detectors import Detection, Detector
@@ -74,7 +76,7 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
         code=("stages.detect", plugin.__name__),
         settings={**decisive, "version": version},
     )
-    metrics = _metrics([(source / name, target / name) for name in names])
+    metrics = quality.write(target, names)
     run.write_metrics(target / "metrics.json", metrics)
     logger.info("detect: %(nuclei)d nuclei in %(patches)d patches", metrics)
 
@@ -108,6 +110,7 @@ def make(folder: Path, job: Job) -> None:
     }
     centroid = _level0(patches, rows, centroid_px)
     stores.create_nuclei(folder / "nuclei.zarr", centroid, rows, radius_um, score, attributes)
+    tally.write(folder, tally.of(len(found), rows, radius_um))
     _draw(patches, found, folder / "overlay.jpg")
 
 
@@ -122,19 +125,6 @@ def _level0(
 ) -> Float64[np.ndarray, "nuclei 2"]:
     scale = patches.attributes["mpp"] / patches.attributes["slide_mpp"]
     return patches.origin[rows] + centroid_px.astype(np.float64) * scale
-
-
-def _metrics(folders: list[tuple[Path, Path]]) -> dict[str, float]:
-    patches = sum(len(stores.open_patches(tiles / "patches.zarr")) for tiles, _ in folders)
-    found = [stores.open_nuclei(folder / "nuclei.zarr") for _, folder in folders]
-    nuclei = sum(len(one.score) for one in found)
-    return {
-        "slides": len(folders),
-        "patches": patches,
-        "nuclei": nuclei,
-        "nuclei_per_patch": nuclei / patches if patches else 0.0,
-        "patches_without_nuclei": patches - sum(len(np.unique(one.patch_index)) for one in found),
-    }
 
 
 def _draw(patches: stores.PatchStore, found: list[Detection], file: Path) -> None:

@@ -11,10 +11,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("stages", "cytossl_core")
-# These move results about and never change their bytes.
+# These move or read results and never change their bytes.
 ENGINE = frozenset(
     f"stages.common.{name}"
-    for name in ("perslide", "cache", "digests", "fingerprint", "params", "plugins", "run")
+    for name in (
+        "perslide",
+        "cache",
+        "digests",
+        "fingerprint",
+        "params",
+        "plugins",
+        "run",
+        "quality",
+    )
 )
 
 

@@ -137,6 +137,7 @@ def test_the_stage_writes_all_slides_and_metrics(data):
         "nuclei": 5,
         "nuclei_per_patch": 5 / 6,
         "patches_without_nuclei": 2,
+        "slides_flagged": 0,
     }
 
 
@@ -144,7 +145,7 @@ def keys_of(monkeypatch, **changes) -> str:
     """What `main` hands to the per-slide map as deciding the bytes."""
     seen = {}
     monkeypatch.setattr(detect.perslide, "run", lambda *_, **named: seen.update(named))
-    monkeypatch.setattr(detect, "_metrics", lambda folders: {"nuclei": 0, "patches": 0})
+    monkeypatch.setattr(detect.quality, "write", lambda *_: {"nuclei": 0, "patches": 0})
     write_params(**changes)
     detect.main()
     return json.dumps([seen["settings"], seen["code"]])
