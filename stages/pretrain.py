@@ -172,7 +172,8 @@ def train(
 
 def _batches(data: ViewSet, settings: PretrainParams, seed: int, steps: range) -> Iterable[Batch]:
     pinned = _device().type == "cuda"
-    batches = viewset.loader(data, settings.batch, seed, steps, settings.workers, pinned)
+    rows = viewset.rows_of(len(data), settings.batch, seed, steps)
+    batches = viewset.loader(data, rows, settings.workers, pinned)
     bar = {"initial": steps.start, "total": steps.stop, "unit": "step", "desc": settings.method}
     return tqdm(batches, **bar)
 

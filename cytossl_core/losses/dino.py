@@ -44,12 +44,15 @@ class DINOLoss(nn.Module):
         self.student_temperature = student_temperature
         self.center_momentum = center_momentum
         self.register_buffer("center", torch.zeros(prototypes))
+        self._held: Tensor | None = None  # sums of outputs that the center has still to follow
 
     def forward(
         self,
         student: Float[Tensor, "view batch prototype"],
         teacher: Float[Tensor, "2 batch prototype"],
         teacher_temperature: float,
+        *,
+        hold: bool = False,
     ) -> Float[Tensor, ""]:
         """The mean over pairs of different views and over the batch; then the center moves.
 
@@ -60,6 +63,8 @@ class DINOLoss(nn.Module):
             student: Raw outputs for all views; the first two are the ones the teacher saw.
             teacher: Raw outputs for the first two views; no gradient flows into them.
             teacher_temperature: Divides the centered outputs; above 0 (0.04 to 0.07 in DINO).
+            hold: Leave the center where it is until `move_center`, which then follows the outputs
+                of all calls since it last moved: a step of several passes equals one of one.
 
         Returns:
             The loss in nats; ln(prototypes) where all outputs are uniform.
@@ -75,8 +80,21 @@ class DINOLoss(nn.Module):
             logits = _at_least_float32(student) / self.student_temperature
             loss = _cross_entropy(logits, targets)
             if self.training:
-                self._move_center(teacher)
+                self._note(teacher)
+        if self.training and not hold:
+            self.move_center()
         return loss
+
+    @torch.no_grad()
+    def move_center(self) -> None:
+        """Move the center towards the mean of the outputs of all ranks since it last moved."""
+        if self._held is None:
+            return
+        total, self._held = self._held, None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        mean = (total[:-1] / total[-1]).to(self.center.dtype)
+        self.center.lerp_(mean, 1 - self.center_momentum)
 
     def _check(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> None:
         _require_positive("teacher_temperature", teacher_temperature, "0.04 to 0.07")
@@ -94,13 +112,10 @@ class DINOLoss(nn.Module):
             raise ValueError("the batch is empty: DINO's loss is a mean over one or more patches")
 
     @torch.no_grad()
-    def _move_center(self, teacher: Float[Tensor, "2 batch prototype"]) -> None:
+    def _note(self, teacher: Float[Tensor, "2 batch prototype"]) -> None:
         rows = teacher.new_tensor([teacher.shape[0] * teacher.shape[1]])
         total = torch.cat([teacher.sum((0, 1)), rows])  # one message: [prototype + 1]
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        mean = (total[:-1] / total[-1]).to(self.center.dtype)
-        self.center.lerp_(mean, 1 - self.center_momentum)
+        self._held = total if self._held is None else self._held + total
 
 
 def _cross_entropy(

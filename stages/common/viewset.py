@@ -79,12 +79,12 @@ class ViewSet(Dataset[Sample]):
 
 
 def loader(
-    data: ViewSet, batch: int, seed: int, steps: range, workers: int, pinned: bool
+    data: ViewSet, rows: Iterator[list[int]], workers: int, pinned: bool
 ) -> DataLoader[Batch]:
-    """The batches of some steps of a run, without reading those before them."""
+    """A batch for each list of patch numbers; nothing else is read."""
     return DataLoader(
         data,
-        batch_sampler=rows_of(len(data), batch, seed, steps),  # type: ignore[arg-type]
+        batch_sampler=rows,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pinned,

@@ -148,10 +148,11 @@ class DINO(nn.Module):
             target, embedding = self.teacher(views[:TEACHER_VIEWS])
         logits, _ = self.student(views)
         self._seen = target, embedding
-        return self.loss(logits, target, self.teacher_temperature(progress))
+        return self.loss(logits, target, self.teacher_temperature(progress), hold=True)
 
     def after_backward(self, progress: float) -> None:
-        """Keep the prototypes as they were drawn in the first part of the run."""
+        """The center moves; the prototypes stay as drawn in the first part of the run."""
+        self.loss.move_center()
         if progress < self.params.freeze_prototypes:
             self.student.head.prototypes.weight.grad = None
 

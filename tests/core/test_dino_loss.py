@@ -173,3 +173,20 @@ def test_gpu_agrees_with_cpu():
     on_gpu = DINOLoss(PROTOTYPES).cuda()
     torch.testing.assert_close(on_gpu(student.cuda(), teacher.cuda(), 0.04).cpu(), expected)
     torch.testing.assert_close(on_gpu.center.cpu(), dino.center)
+
+
+def test_center_follows_several_passes_as_it_follows_their_whole():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(3, 11, 7), torch.randn(2, 11, 7)
+    whole, parts = DINOLoss(7), DINOLoss(7)
+    wanted = whole(student, teacher, 0.05)
+    sizes = (4, 7)
+    pieces = zip(student.split(sizes, 1), teacher.split(sizes, 1), strict=True)
+    losses = [parts(*piece, 0.05, hold=True) for piece in pieces]
+    assert not parts.center.any()
+    parts.move_center()
+    torch.testing.assert_close(parts.center, whole.center)
+    got = sum(loss * share / 11 for loss, share in zip(losses, sizes, strict=True))
+    torch.testing.assert_close(got, wanted)
+    parts.move_center()  # nothing was seen since
+    torch.testing.assert_close(parts.center, whole.center)

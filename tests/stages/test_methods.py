@@ -107,6 +107,7 @@ def test_loss_equals_the_printed_algorithm_view_by_view():
         method.loss.center.copy_(torch.randn(13) * 0.1)
     center, seen = method.loss.center.clone(), views(method)
     got = method(seen, 0.1)
+    method.after_backward(0.1)
     with torch.no_grad():
         student = [method.student.head(method.student.encoder(view)) for view in seen]
         teacher = [method.teacher.head(method.teacher.encoder(view)) for view in seen[:2]]
@@ -183,6 +184,7 @@ def test_prototypes_stay_as_drawn_in_the_first_part_of_the_run():
 def test_checkpoint_holds_center_and_both_networks():
     method, other = build(), build(changed())
     method(views(method), 0.0)
+    method.after_backward(0.0)
     method.after_step(0.0)
     assert method.loss.center.any()
     other.load_state_dict(method.state_dict())
