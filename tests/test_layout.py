@@ -16,7 +16,8 @@ FAMILIES = ("sources", "detectors", "methods", "heads")
 DOORS = {
     "openslide": {"stages/common/slides.py"},
     "zarr": {"stages/common/stores.py", "stages/common/jpeg.py"},
-    "timm": {"stages/common/encoders.py"},
+    "timm": {"stages/common/architectures.py"},
+    "peft": {"stages/common/lora.py"},
     "yaml": {"stages/common/params.py"},
     "distributed": {"stages/common/perslide.py"},
     "dask": {"stages/common/perslide.py"},

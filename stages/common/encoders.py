@@ -1,89 +1,35 @@
-"""Encoders: timm's vision transformers with our attention, built, saved and loaded.
+"""Encoders: built, saved and loaded.
 
-The only timm import. A saved encoder is a folder of two files:
+A saved encoder is a folder of these files, and MODEL_CARD.md (card.py) for people:
 
-    encoder.safetensors    weights under timm's names; iRPE tables as blocks.<n>.attn.table_*
-    encoder.json           spec (what `load` builds), provenance (what made it), weights (SHA-256)
+    encoder.safetensors    weights under timm's names; iRPE tables as blocks.<n>.attn.table_*; of an
+                           encoder with adapters only those and the tables
+    encoder.json           spec (what `load` builds), timm and sr_attention (the same as arguments
+                           of timm.create_model and with_sr_attention), base (where training began),
+                           provenance (what made it), licence, weights (SHA-256)
+
+Both may come from strangers: nothing in them is run, and nothing is built that they do not fill.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from safetensors.torch import load_file
 from safetensors.torch import save as dump
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from cytossl_core.attention import with_sr_attention
-from stages.common import params, run
+from stages.common import architectures, lora, params, run, version, weights
+from stages.common.architectures import MEAN, STD, build
+from stages.common.spec import RANDOM, Base, EncoderSpec
+
+__all__ = ["MEAN", "STD", "EncoderSpec", "build", "digest_of", "load", "prepare", "save"]
 
 WEIGHTS, DESCRIPTION = "encoder.safetensors", "encoder.json"
-MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-
-@dataclass(frozen=True)
-class EncoderSpec:
-    """What an encoder is and what it expects to see."""
-
-    architecture: str  # timm's name of a vision transformer, e.g. vit_tiny_patch16_224
-    image_px: int  # side of the image that an embedding is made from, pixels
-    token_px: int  # side of a token, pixels of that image
-    sparse_topk: int  # keys that a query attends to; 0: all
-    irpe: str  # relative position terms of the attention: none, k, qk or qkv
-    mean: tuple[float, float, float]  # of red, green, blue in 0 to 1; taken off the image
-    std: tuple[float, float, float]  # divides what is left
-    patch_px: int  # side of the patches it was trained on, pixels
-    mpp: float  # of those patches, microns per pixel
-
-
-def build(spec: EncoderSpec, drop_path: float = 0.0) -> nn.Module:
-    """An untrained encoder: images [batch, 3, px, px] to class tokens [batch, num_features].
-
-    Any px that is a multiple of `token_px` runs through it; absolute positions are resampled.
-
-    Args:
-        spec: What to build.
-        drop_path: Chance that a sample skips a residual branch in training, rising to this value
-            at the last block.
-
-    Raises:
-        ValueError: timm knows no such vision transformer, or `image_px` is no multiple of
-            `token_px`.
-    """
-    _check_architecture(spec.architecture)
-    if spec.token_px < 1 or spec.image_px % spec.token_px:
-        raise ValueError(
-            f"an image of {spec.image_px} px is no whole number of tokens of {spec.token_px} px: "
-            "choose a multiple"
-        )
-    model = timm.create_model(
-        spec.architecture,
-        img_size=spec.image_px,
-        patch_size=spec.token_px,
-        dynamic_img_size=True,
-        drop_path_rate=drop_path,
-        num_classes=0,
-        global_pool="token",
-    )
-    return with_sr_attention(model, topk=spec.sparse_topk or None, irpe=spec.irpe)
-
-
-def _check_architecture(name: str) -> None:
-    known = timm.list_models(module="vision_transformer")
-    if name not in known:
-        near = difflib.get_close_matches(name, known, 3) or ["vit_tiny_patch16_224"]
-        raise ValueError(
-            f"{name!r} is no vision transformer of timm: SR-attention needs one, for example "
-            f"{', '.join(near)}"
-        )
+MOST_BYTES = 2**20  # of a description
 
 
 def prepare(
@@ -99,73 +45,138 @@ def prepare(
 
 
 def save(folder: Path, model: nn.Module, spec: EncoderSpec, provenance: dict[str, Any]) -> None:
-    """Write the encoder's two files; equal weights and provenance give equal bytes."""
-    weights = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    """Write the encoder's two files; equal weights, provenance and code give equal bytes.
+
+    `model.base`, as `backbones.prepare` and `load` set it, says where training began; a model
+    without it began with random numbers.
+    """
+    own = lora.adapters(model) if spec.lora else model.state_dict()
+    kept = {name: value.detach().cpu().contiguous() for name, value in own.items()}
     with run.atomic(folder / WEIGHTS) as temporary:
-        temporary.write_bytes(dump(weights, metadata={"format": "pt"}))
+        temporary.write_bytes(dump(kept, metadata={"format": "pt"}))
         digest = _sha256(temporary)
-    described = {"spec": dataclasses.asdict(spec), "provenance": provenance, "weights": digest}
+    base = getattr(model, "base", RANDOM)
+    described = {
+        "spec": dataclasses.asdict(spec),
+        "timm": architectures.arguments(spec),
+        "sr_attention": architectures.attention(spec),
+        "base": dataclasses.asdict(base),
+        "provenance": {**provenance, "version": version.of_code()},
+        "licence": _licence(base),
+        "weights": digest,
+    }
     with run.atomic(folder / DESCRIPTION) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+
+def _licence(base: Base) -> dict[str, str]:
+    return {
+        "code": "Apache-2.0",
+        "base_weights": base.licence or "there are none: training began with random numbers",
+        "weights": "not chosen yet: whoever publishes them states it, within the base weights'",
+    }
 
 
 def load(folder: Path) -> tuple[nn.Module, EncoderSpec]:
     """Build the encoder described in `folder` and give it the weights that lie there.
 
+    Adapters are merged into the base weights, so that every encoder is a plain one.
+
     Raises:
-        FileNotFoundError: a file is missing.
+        OSError: a file is missing, or base weights are and cannot be fetched.
         ValueError: the description is incomplete, or the weights are not those it describes.
     """
-    spec, digest = _describe(folder)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
-        raise FileNotFoundError(f"no {weights}: run `dvc repro pretrain`")
-    if _sha256(weights) != digest:
+    spec, base, found = read(folder)
+    if spec.lora:
+        model = lora.merge(with_adapters(spec, base, found, folder))
+    else:
+        model = build(spec, empty=True)
+        weights.check(found, model.state_dict(), f"the weights in {folder / WEIGHTS}")
+        model.load_state_dict(found, assign=True)
+    model.base = base
+    return model.eval(), spec
+
+
+def read(folder: Path) -> tuple[EncoderSpec, Base, dict[str, Tensor]]:
+    """What lies in an encoder's folder: spec, where training began, weights or adapters."""
+    described = describe(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run `dvc repro pretrain`")
+    if _sha256(path) != described["weights"]:
         raise ValueError(
-            f"{weights} is not the file that {DESCRIPTION} beside it describes: restore both from "
+            f"{path} is not the file that {DESCRIPTION} beside it describes: restore both from "
             "one run"
         )
-    model = build(spec)
-    loaded = load_file(weights)
-    _check_weights(loaded, model.state_dict(), weights)
-    model.load_state_dict(loaded)
-    return model.eval(), spec
+    return described["spec"], described["base"], weights.tensors(path)
+
+
+def with_adapters(
+    spec: EncoderSpec,
+    base: Base,
+    found: dict[str, Tensor],
+    folder: Path,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """The base weights and, beside them, the adapters `found` in `folder`."""
+    model = build(spec, drop_path, empty=True)
+    try:
+        given = weights.read(base.weights, spec.architecture)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} holds adapters, and their base weights are not at {base.weights}: put them "
+            f"there, or name their place as base.weights in {folder / DESCRIPTION}"
+        ) from None
+    weights.fit(model, given, base.weights)
+    if weights.digest(model) != base.digest:
+        raise ValueError(
+            f"the weights from {base.weights} are not those that the adapters in {folder} were "
+            f"trained beside: name the place of those as base.weights in {folder / DESCRIPTION}"
+        )
+    lora.add(model, spec.lora)
+    lora.give(model, found, f"the adapters in {folder}")
+    return model
 
 
 def digest_of(folder: Path) -> str:
     """Digest of all that decides an embedding: weights and spec, and not what made them."""
-    spec, weights = _describe(folder)
-    text = json.dumps([dataclasses.asdict(spec), weights], sort_keys=True)
+    described = describe(folder)
+    decisive = [dataclasses.asdict(described["spec"]), described["weights"]]
+    text = json.dumps([*decisive, described["base"].digest], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _describe(folder: Path) -> tuple[EncoderSpec, str]:
+def describe(folder: Path) -> dict[str, Any]:
+    """encoder.json, with `spec` and `base` as what they are.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no description, or an incomplete one.
+    """
     path = folder / DESCRIPTION
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: run `dvc repro pretrain`")
-    described = json.loads(path.read_text(encoding="utf-8"))
+    described = _json(path)
     missing = [key for key in ("spec", "weights") if key not in described]
     if missing:
         raise ValueError(f"{path} has no {missing[0]}: it must hold spec, provenance and weights")
-    return params.load(EncoderSpec, "spec", path), described["weights"]
+    spec = params.load(EncoderSpec, "spec", path)
+    base = params.load(Base, "base", path) if "base" in described else RANDOM
+    if described.get("timm", architectures.arguments(spec)) != architectures.arguments(spec):
+        raise ValueError(f"{path}: timm is not what spec says: restore the file as it was saved")
+    return {**described, "spec": spec, "base": base}
 
 
-def _check_weights(found: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
-    absent, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if absent or unknown:
-        raise ValueError(
-            f"{path} does not fit its spec: {_some(absent)} missing, {_some(unknown)} unknown; "
-            "sparse_topk, irpe and architecture must be those it was trained with"
-        )
-    for name, value in wanted.items():
-        if found[name].shape != value.shape:
-            raise ValueError(
-                f"{path}: {name} is {list(found[name].shape)}: the spec needs {list(value.shape)}"
-            )
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} tensors ({', '.join(names[:3])}, ...)" if names else "none"
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: run `dvc repro pretrain`")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES} bytes: it is no encoder's description")
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; restore it") from None
+    if not isinstance(described, dict):
+        raise ValueError(f"{path} holds no map: it must hold spec, provenance and weights")
+    return described
 
 
 def _sha256(path: Path) -> str:

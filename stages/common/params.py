@@ -43,22 +43,25 @@ def load(cls: type[T], section: str = "", path: Path = Path("params.yaml")) -> T
         path: The params file.
 
     Returns:
-        A `cls` with every field set from the file.
+        A `cls` with every field set from the file; a field with a default may be absent there.
 
     Raises:
         FileNotFoundError: there is no params file.
         ValueError: the section is absent, or a key is unknown, missing or of another type.
     """
     values = section_of(section, path)
-    names = [field.name for field in dataclasses.fields(cls)]
+    fields = dataclasses.fields(cls)
+    names = [field.name for field in fields]
     where = f"{path.name}: {section}." if section else f"{path.name}: "
     if section:
         _reject_unknown(values, names, where)
-    missing = [name for name in names if name not in values]
+    needed = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing = [name for name in needed if name not in values]
     if missing:
         raise ValueError(f"{where}{missing[0]} is missing: add it, {cls.__name__} says what it is")
     hints = typing.get_type_hints(cls)
-    return cls(**{name: _cast(values[name], hints[name], where + name) for name in names})
+    given = [name for name in names if name in values]
+    return cls(**{name: _cast(values[name], hints[name], where + name) for name in given})
 
 
 def section_of(section: str, path: Path = Path("params.yaml")) -> dict[str, Any]:
