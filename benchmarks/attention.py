@@ -113,7 +113,7 @@ def compare_steps(name, global_px, local_px, local_views, batch, device) -> None
 
     def step(kind):
         with torch.autocast(device, torch.bfloat16, device == "cuda"):
-            loss = methods[kind](views, 0.5)
+            loss = methods[kind](views, 0.5, torch.arange(batch))
         loss.backward()
         adams[kind].step()
         adams[kind].zero_grad()

@@ -2,8 +2,9 @@
 
 from cytossl_core.losses.byol import byol_loss
 from cytossl_core.losses.dino import DINOLoss
+from cytossl_core.losses.ibot import IBOTLoss
 from cytossl_core.losses.koleo import koleo_loss
 from cytossl_core.losses.mocov3 import mocov3_loss
 from cytossl_core.losses.simclr import nt_xent
 
-__all__ = ["DINOLoss", "byol_loss", "koleo_loss", "mocov3_loss", "nt_xent"]
+__all__ = ["DINOLoss", "IBOTLoss", "byol_loss", "koleo_loss", "mocov3_loss", "nt_xent"]

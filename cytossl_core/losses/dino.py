@@ -1,13 +1,14 @@
 """DINO's loss: the student's views predict the teacher's sharpened and centered outputs."""
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+
+from cytossl_core.losses.center import Centered
 
 
-class DINOLoss(nn.Module):
+class DINOLoss(Centered):
     """Cross-entropy between teacher and student prototypes, with the teacher's running center.
 
     Args:
@@ -28,23 +29,12 @@ class DINOLoss(nn.Module):
         rows of all ranks, also where ranks hold batches of different sizes.
     """
 
-    center: Tensor
-
     def __init__(
         self, prototypes: int, student_temperature: float = 0.1, center_momentum: float = 0.9
     ):
-        super().__init__()
-        if prototypes < 1:
-            raise ValueError(f"prototypes is {prototypes}: it must be 1 or more (65536 in DINO)")
+        super().__init__(prototypes, center_momentum)
         _require_positive("student_temperature", student_temperature, "0.1")
-        if not 0 <= center_momentum < 1:
-            raise ValueError(
-                f"center_momentum is {center_momentum}: it must be from 0 to below 1 (0.9 in DINO)"
-            )
         self.student_temperature = student_temperature
-        self.center_momentum = center_momentum
-        self.register_buffer("center", torch.zeros(prototypes))
-        self._held: Tensor | None = None  # sums of outputs that the center has still to follow
 
     def forward(
         self,
@@ -80,21 +70,10 @@ class DINOLoss(nn.Module):
             logits = _at_least_float32(student) / self.student_temperature
             loss = _cross_entropy(logits, targets)
             if self.training:
-                self._note(teacher)
+                self.note(teacher.flatten(0, 1))
         if self.training and not hold:
             self.move_center()
         return loss
-
-    @torch.no_grad()
-    def move_center(self) -> None:
-        """Move the center towards the mean of the outputs of all ranks since it last moved."""
-        if self._held is None:
-            return
-        total, self._held = self._held, None
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        mean = (total[:-1] / total[-1]).to(self.center.dtype)
-        self.center.lerp_(mean, 1 - self.center_momentum)
 
     def _check(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> None:
         _require_positive("teacher_temperature", teacher_temperature, "0.04 to 0.07")
@@ -110,12 +89,6 @@ class DINOLoss(nn.Module):
             )
         if not student.shape[1]:
             raise ValueError("the batch is empty: DINO's loss is a mean over one or more patches")
-
-    @torch.no_grad()
-    def _note(self, teacher: Float[Tensor, "2 batch prototype"]) -> None:
-        rows = teacher.new_tensor([teacher.shape[0] * teacher.shape[1]])
-        total = torch.cat([teacher.sum((0, 1)), rows])  # one message: [prototype + 1]
-        self._held = total if self._held is None else self._held + total
 
 
 def _cross_entropy(

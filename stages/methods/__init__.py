@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from stages.common.views import ViewPolicy
@@ -19,9 +19,16 @@ class Method(Protocol):
     encoder: nn.Module  # what is saved
 
     def __call__(
-        self, views: list[Float[Tensor, "batch 3 px px"]], progress: float
+        self,
+        views: list[Float[Tensor, "batch 3 px px"]],
+        progress: float,
+        keys: Int64[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
-        """The loss; `views` are those of `make_views`: in the order of `view_policies`."""
+        """The loss, the mean over this rank's patches.
+
+        `views` are those of `make_views`: in the order of `view_policies`. What a method draws by
+        itself, it draws from `keys` (on the CPU, see `chance.keys_of`) and nothing else.
+        """
         ...
 
     def after_backward(self, progress: float) -> None:

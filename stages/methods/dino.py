@@ -1,19 +1,21 @@
 """DINO: a student predicts, from other views, what its own running average makes of an image."""
 
-import copy
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cytossl_core.losses import DINOLoss
+from cytossl_core.losses import DINOLoss, IBOTLoss, koleo_loss
 from stages.common.schedules import cosine, warmup_flat
 from stages.common.views import ViewPolicy
+from stages.methods import _health, _momentum
+from stages.methods._checks import require
+from stages.methods._dino_head import Head
+from stages.methods._masked import Masking, hidden, masks, require_tokens
 
 Views = list[Float[Tensor, "batch 3 px px"]]  # the teacher's two first; px differs
 TEACHER_VIEWS = 2
@@ -47,67 +49,57 @@ class Params:
     center_momentum: float  # share of the old center that a step keeps (0.9)
     momentum: float  # share of the old teacher that a step keeps, at first; ends at 1 (0.996)
     freeze_prototypes: float  # share of the run in which prototypes stay as drawn (0.01)
+    # Beyond Cyto-SSL and DINO, off at 0; DINOv2 and CytoFM have both.
+    koleo_weight: float  # of KoLeo, for each global view of the student (DINOv2 0.1)
+    ibot: Masking  # prediction of masked tokens, with a head of its own
 
     def __post_init__(self) -> None:
         """Refuse values that the loss and the schedules cannot have."""
         for name in ("prototypes", "hidden_dim", "bottleneck_dim"):
-            _require(name, getattr(self, name), 1, math.inf)
+            require("dino", name, getattr(self, name), 1, math.inf)
         for name in ("teacher_temperature_start", "teacher_temperature"):
-            _require(name, getattr(self, name), 1e-6, math.inf)
+            require("dino", name, getattr(self, name), 1e-6, math.inf)
         for name in ("momentum", "teacher_temperature_warmup", "freeze_prototypes"):
-            _require(name, getattr(self, name), 0, 1)
-        _require("local_views", self.local_views, 0, math.inf)
-
-
-def _require(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        upto = f"from {low} to {high}" if high < math.inf else f"{low} or more"
-        raise ValueError(f"params.yaml: pretrain.dino.{name} is {value}: it must be {upto}")
-
-
-class Head(nn.Module):
-    """Embeddings to prototype logits: an MLP of 3 layers, then cosines with each prototype.
-
-    Source:
-        facebookresearch/dino, vision_transformer.py, DINOHead with norm_last_layer: a weight norm
-        whose gain is frozen at 1 is a normalisation of the rows, which is how it is written here.
-        MLP weights are drawn with a standard deviation of 0.02, prototypes as torch draws them.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int, bottleneck_dim: int, prototypes: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
-            nn.GELU(),
-            nn.Linear(hidden_dim, bottleneck_dim),
-        )
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.prototypes = nn.Linear(bottleneck_dim, prototypes, bias=False)
-
-    def forward(self, embedding: Float[Tensor, "row dim"]) -> Float[Tensor, "row prototype"]:
-        """Cosines, from -1 to 1."""
-        unit = F.normalize(self.mlp(embedding), dim=-1)
-        return F.linear(unit, F.normalize(self.prototypes.weight, dim=1))
+            require("dino", name, getattr(self, name), 0, 1)
+        for name in ("local_views", "koleo_weight"):
+            require("dino", name, getattr(self, name), 0, math.inf)
 
 
 class Network(nn.Module):
-    """An encoder and its head: half of DINO."""
+    """An encoder and its head, half of DINO; with `masking` also what iBOT needs."""
 
-    def __init__(self, encoder: nn.Module, head: Head) -> None:
+    def __init__(self, encoder: nn.Module, params: Params) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        widths = (params.hidden_dim, params.bottleneck_dim, params.prototypes)
+        dim = encoder.num_features
+        self.encoder, self.head = encoder, Head(dim, *widths)
+        if params.ibot.weight:
+            require_tokens(encoder)
+            self.token_head = Head(dim, *widths)
+            self.mask_token = nn.Parameter(torch.zeros(dim))
 
     def forward(
         self, views: Views
     ) -> tuple[Float[Tensor, "view batch prototype"], Float[Tensor, "row dim"]]:
         """One pass of the encoder for each resolution, one of the head for all."""
-        groups = [list(group) for _, group in itertools.groupby(views, lambda view: view.shape)]
-        embedding = torch.cat([self.encoder(torch.cat(group)) for group in groups])
+        embedding = torch.cat([self.encoder(group) for group in _by_resolution(views)])
         return self.head(embedding).unflatten(0, (len(views), -1)), embedding
+
+    def with_tokens(
+        self, views: Views, masked: Bool[Tensor, "row token"], hide: bool
+    ) -> tuple[Tensor, Tensor, Float[Tensor, "masked prototype"]]:
+        """The same, and the head's outputs at the masked tokens of the first resolution."""
+        first, *others = _by_resolution(views)
+        with hidden(self.encoder, masked, self.mask_token) if hide else nullcontext():
+            features = self.encoder.forward_features(first)
+        tokens = features[:, self.encoder.num_prefix_tokens :][masked]
+        embedding = [self.encoder.forward_head(features), *map(self.encoder, others)]
+        logits = self.head(torch.cat(embedding)).unflatten(0, (len(views), -1))
+        return logits, torch.cat(embedding), self.token_head(tokens)
+
+
+def _by_resolution(views: Views) -> list[Float[Tensor, "row 3 px px"]]:
+    return [torch.cat(list(group)) for _, group in itertools.groupby(views, lambda one: one.shape)]
 
 
 class DINO(nn.Module):
@@ -123,12 +115,11 @@ class DINO(nn.Module):
         super().__init__()
         self.params = params
         self.view_policies = _view_policies(params, image_px)
-        head = Head(
-            encoder.num_features, params.hidden_dim, params.bottleneck_dim, params.prototypes
-        )
-        self.student = Network(encoder, head)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.loss = DINOLoss(params.prototypes, params.student_temperature, params.center_momentum)
+        self.student = Network(encoder, params)
+        self.teacher = _momentum.copy_of(self.student)
+        losses = (params.prototypes, params.student_temperature, params.center_momentum)
+        self.loss = DINOLoss(*losses)
+        self.token_loss = IBOTLoss(*losses) if params.ibot.weight else None
         self._seen: tuple[Tensor, Tensor] | None = None  # the teacher's last logits, embeddings
 
     @property
@@ -139,27 +130,58 @@ class DINO(nn.Module):
     def train(self, mode: bool = True) -> "DINO":
         """As usual, but the teacher never drops paths."""
         super().train(mode)
-        self.teacher.eval()
+        _momentum.steady(self.teacher, mode)
         return self
 
-    def forward(self, views: Views, progress: float) -> Float[Tensor, ""]:
-        """Cross-entropy of the student's views with the teacher's global ones, in nats."""
+    def forward(
+        self, views: Views, progress: float, keys: Int64[Tensor, " batch"]
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy of the student's views with the teacher's global ones, in nats.
+
+        With masked tokens or KoLeo, their weighted losses are added.
+        """
+        temperature = self.teacher_temperature(progress)
+        if self.token_loss is not None:
+            return self._with_tokens(views, temperature, keys)
         with torch.no_grad():
-            target, embedding = self.teacher(views[:TEACHER_VIEWS])
-        logits, _ = self.student(views)
-        self._seen = target, embedding
-        return self.loss(logits, target, self.teacher_temperature(progress), hold=True)
+            target, seen = self.teacher(views[:TEACHER_VIEWS])
+        logits, embedding = self.student(views)
+        self._seen = target, seen
+        return self.loss(logits, target, temperature, hold=True) + self._koleo(embedding, seen)
+
+    def _with_tokens(self, views: Views, temperature: float, keys: Tensor) -> Float[Tensor, ""]:
+        masked = self._masks(views, keys)
+        with torch.no_grad():
+            target, seen, wanted = self.teacher.with_tokens(views[:TEACHER_VIEWS], masked, False)
+        logits, embedding, said = self.student.with_tokens(views, masked, True)
+        self._seen = target, seen
+        image = masked.nonzero()[:, 0]
+        tokens = self.token_loss(said, wanted, image, len(masked), temperature, hold=True)
+        loss = self.loss(logits, target, temperature, hold=True)
+        return loss + self.params.ibot.weight * tokens + self._koleo(embedding, seen)
+
+    def _masks(self, views: Views, keys: Tensor) -> Bool[Tensor, "row token"]:
+        side = views[0].shape[-1] // self.student.encoder.patch_embed.patch_size[0]
+        found = [masks(keys, view, side, self.params.ibot) for view in range(TEACHER_VIEWS)]
+        return torch.cat(found).to(views[0].device)
+
+    def _koleo(self, embedding: Tensor, seen: Tensor) -> Tensor | float:
+        if not self.params.koleo_weight:
+            return 0.0
+        large = embedding[: len(seen)].chunk(TEACHER_VIEWS)
+        return self.params.koleo_weight * sum(koleo_loss(view) for view in large)
 
     def after_backward(self, progress: float) -> None:
         """The center moves; the prototypes stay as drawn in the first part of the run."""
         self.loss.move_center()
+        if self.token_loss is not None:
+            self.token_loss.move_center()
         if progress < self.params.freeze_prototypes:
             self.student.head.prototypes.weight.grad = None
 
     def after_step(self, progress: float) -> None:
         """Equation 2: the teacher's parameters move towards the student's."""
-        average = get_ema_multi_avg_fn(self.momentum(progress))
-        average(list(self.teacher.parameters()), list(self.student.parameters()), None)
+        _momentum.follow(self.teacher, self.student, self.momentum(progress))
 
     def momentum(self, progress: float) -> float:
         """Share of itself that the teacher keeps: half a cosine up to 1."""
@@ -182,13 +204,13 @@ class DINO(nn.Module):
         logits, embedding = self._seen
         temperature = self.teacher_temperature(progress)
         outputs = ((logits.float() - self.loss.center) / temperature).softmax(-1).flatten(0, 1)
-        spread = F.normalize(embedding.float(), dim=1).std(0).square().mean().sqrt()
         return {
             "momentum": self.momentum(progress),
             "teacher_temperature": temperature,
             "teacher_entropy": _relative_entropy(outputs).mean().item(),
             "prototypes_entropy": _relative_entropy(outputs.mean(0)).item(),
-            "embedding_std": spread.item() * math.sqrt(embedding.shape[1]),
+            "center_norm": self.loss.center.norm().item(),
+            "embedding_std": _health.embedding_std(embedding),
         }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from stages.common import encoders, plugins
 from stages.common.schedules import cosine, warmup_cosine, warmup_flat
 from stages.methods import dino
+from stages.methods._masked import Masking
 from tests.definitions import dino as definition
 
 PARAMS = dino.Params(
@@ -35,8 +36,11 @@ PARAMS = dino.Params(
     center_momentum=0.9,
     momentum=0.99,
     freeze_prototypes=0.1,
+    koleo_weight=0.0,
+    ibot=Masking(weight=0.0, chance=0.5, share=(0.1, 0.5)),
 )
 GLOBAL_PX, BATCH = 32, 5
+KEYS = torch.arange(BATCH)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +110,7 @@ def test_loss_equals_the_printed_algorithm_view_by_view():
     with torch.no_grad():
         method.loss.center.copy_(torch.randn(13) * 0.1)
     center, seen = method.loss.center.clone(), views(method)
-    got = method(seen, 0.1)
+    got = method(seen, 0.1, KEYS)
     method.after_backward(0.1)
     with torch.no_grad():
         student = [method.student.head(method.student.encoder(view)) for view in seen]
@@ -125,7 +129,7 @@ def test_encoder_runs_once_for_each_resolution():
         encoder.register_forward_pre_hook(
             lambda _, inputs, name=name: calls.append((name, tuple(inputs[0].shape)))
         )
-    method(views(method), 0.0)
+    method(views(method), 0.0, KEYS)
     assert sorted(calls) == [
         ("student", (2 * BATCH, 3, 32, 32)),
         ("student", (3 * BATCH, 3, 16, 16)),
@@ -135,7 +139,7 @@ def test_encoder_runs_once_for_each_resolution():
 
 def test_teacher_is_a_copy_that_no_gradient_reaches():
     method = build()
-    method(views(method), 0.5).backward()
+    method(views(method), 0.5, KEYS).backward()
     pairs = zip(method.teacher.parameters(), method.student.parameters(), strict=True)
     for teacher, student in pairs:
         assert torch.equal(teacher, student)
@@ -174,7 +178,7 @@ def test_prototypes_stay_as_drawn_in_the_first_part_of_the_run():
     method = build()
     weight = method.student.head.prototypes.weight
     for progress, frozen in ((0.0, True), (0.0999, True), (0.1, False), (0.9, False)):
-        method(views(method), progress).backward()
+        method(views(method), progress, KEYS).backward()
         method.after_backward(progress)
         assert (weight.grad is None) == frozen
         assert method.student.head.mlp[4].weight.grad is not None
@@ -183,13 +187,13 @@ def test_prototypes_stay_as_drawn_in_the_first_part_of_the_run():
 
 def test_checkpoint_holds_center_and_both_networks():
     method, other = build(), build(changed())
-    method(views(method), 0.0)
+    method(views(method), 0.0, KEYS)
     method.after_backward(0.0)
     method.after_step(0.0)
     assert method.loss.center.any()
     other.load_state_dict(method.state_dict())
     assert torch.equal(other.loss.center, method.loss.center)
-    assert torch.equal(other(views(other, 1), 0.2), method(views(method, 1), 0.2))
+    assert torch.equal(other(views(other, 1), 0.2, KEYS), method(views(method, 1), 0.2, KEYS))
 
 
 def test_views_are_two_global_kinds_and_the_local_ones():
@@ -203,7 +207,7 @@ def test_views_are_two_global_kinds_and_the_local_ones():
 def test_trains_without_local_views():
     method = build(changed(local_views=0))
     assert len(views(method)) == 2
-    assert math.isfinite(method(views(method), 0.0).item())
+    assert math.isfinite(method(views(method), 0.0, KEYS).item())
 
 
 def test_monitor_tells_collapse_from_health():

@@ -20,13 +20,19 @@ from safetensors.torch import load_file
 
 from stages import pretrain
 from stages.common import cache, checkpoint, encoders, optimizer, params, stores, viewset
+from stages.common.spec import LoraParams
 from stages.methods import dino
+from stages.methods._masked import Masking
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = params.Top(seed=7, sparse_topk=3, irpe="k")
 SETTINGS = pretrain.PretrainParams(
     method="dino",
     backbone="test_vit",
+    weights="none",
+    init_from="",
+    adapter="none",
+    lora=LoraParams(rank=2, alpha=4.0, dropout=0.0),
     token_px=8,
     global_px=24,
     drop_path=0.1,
@@ -65,6 +71,8 @@ DINO = dino.Params(
     center_momentum=0.9,
     momentum=0.9,
     freeze_prototypes=0.1,
+    koleo_weight=0.0,
+    ibot=Masking(weight=0.0, chance=0.5, share=(0.1, 0.5)),
 )
 COUNTS, PX = {"a": 7, "b": 0, "c": 11}, 31  # 18 patches: 3 steps of 5 in an epoch, 9 in the run
 STEPS = 9
