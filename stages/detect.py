@@ -2,7 +2,7 @@
 
     reads   data/tile/<slide>/patches.zarr
     writes  data/detect/<slide>/nuclei.zarr  centroids, radii, scores (stages/common/stores.py)
-            data/detect/<slide>/overlay.jpg  some patches with their nuclei circled
+            data/detect/<slide>/overlay.jpg  some patches with their nuclei drawn
             data/detect/<slide>/tally.json   counts and radii in short (stages/common/tally.py)
             data/detect/slides.csv           a slide a row, odd ones flagged (common/quality.py)
             data/detect/metrics.json         slides, patches, nuclei, ...
@@ -16,26 +16,22 @@ listed once for each patch that shows it.
 
 import functools
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64
 
-from stages.common import cache, params, perslide, plugins, quality, run, stores, tally
+from stages.common import cache, devices, params, perslide, plugins, quality, run, stores, tally
 from stages.common.perslide import Job
-from stages.common.pictures import write_jpeg
-from stages.detectors import Detection, Detector
+from stages.detectors import Detection, Detector, _batches, _overlay
 
 logger = logging.getLogger(__name__)
 
-SHEET_COLUMNS = 4
-SHEET_PATCHES = SHEET_COLUMNS**2
-SHEET_PX = 320  # side of a patch in overlay.jpg
-MARK_RGB = (0, 140, 70)
+# Params of detectors that are not in the cache key: where the weights lie (their content is in the
+# version), and where and how many at once they run, which changes figures by rounding only.
+INDIFFERENT = frozenset({"weights", "sha256", "device", "batch_tiles"})
 
 
 @dataclass(frozen=True)
@@ -62,9 +58,8 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
     plugin = plugins.load("detectors", settings.detector)
     own = params.load(plugin.Params, f"detect.{settings.detector}")
     # Built here too: missing weights end the stage before its workers start.
-    version = _detector(settings.detector, own).version
-    # Weights count by their content, which is in the version, and not by where they lie.
-    decisive = {name: value for name, value in asdict(own).items() if name != "weights"}
+    detector = _detector(settings.detector, own)
+    decisive = {name: value for name, value in asdict(own).items() if name not in INDIFFERENT}
     if not source.is_dir():
         raise FileNotFoundError(f"no {source}: run `dvc repro tile` first")
     names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
@@ -74,7 +69,9 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
         [_job(name, source / name, settings, own) for name in names],
         target,
         code=("stages.detect", plugin.__name__),
-        settings={**decisive, "version": version},
+        settings={**decisive, "version": detector.version},
+        processes=devices.count() if detector.device.startswith("cuda") else None,
+        unit="patches",
     )
     metrics = quality.write(target, names)
     run.write_metrics(target / "metrics.json", metrics)
@@ -83,7 +80,8 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
 
 def _job(name: str, tiles: Path, settings: DetectParams, own: Any) -> Job:
     arguments = {"tiles": tiles.resolve(), "params": settings, "own": own}
-    return Job(name, (cache.content(tiles),), arguments)
+    patches = stores.count_patches(tiles / "patches.zarr")
+    return Job(name, (cache.content(tiles),), arguments, work=patches)
 
 
 @functools.cache
@@ -97,7 +95,8 @@ def make(folder: Path, job: Job) -> None:
     patches = stores.open_patches(job.arguments["tiles"] / "patches.zarr")
     settings = job.arguments["params"]
     detector = _detector(settings.detector, job.arguments["own"])
-    found = list(_detect(patches, detector, settings.batch_patches))
+    batches = _batches.of(detector, settings.batch_patches)
+    found = list(batches(patches, patches.attributes["mpp"]))
     rows = np.repeat(np.arange(len(found)), [len(one.score) for one in found])
     empty = Detection(np.empty((0, 2), np.float32), *[np.empty(0, np.float32)] * 2)
     centroid_px, radius_um, score = (
@@ -111,13 +110,7 @@ def make(folder: Path, job: Job) -> None:
     centroid = _level0(patches, rows, centroid_px)
     stores.create_nuclei(folder / "nuclei.zarr", centroid, rows, radius_um, score, attributes)
     tally.write(folder, tally.of(len(found), rows, radius_um))
-    _draw(patches, found, folder / "overlay.jpg")
-
-
-def _detect(patches: stores.PatchStore, detector: Detector, batch: int) -> Iterator[Detection]:
-    for begin in range(0, len(patches), batch):
-        some = [patches[row] for row in range(begin, min(begin + batch, len(patches)))]
-        yield from detector(np.stack(some), patches.attributes["mpp"])
+    _overlay.write(folder / "overlay.jpg", patches, found, patches.attributes["mpp"])
 
 
 def _level0(
@@ -125,30 +118,6 @@ def _level0(
 ) -> Float64[np.ndarray, "nuclei 2"]:
     scale = patches.attributes["mpp"] / patches.attributes["slide_mpp"]
     return patches.origin[rows] + centroid_px.astype(np.float64) * scale
-
-
-def _draw(patches: stores.PatchStore, found: list[Detection], file: Path) -> None:
-    """A contact sheet: patches from the fullest to the emptiest, in equal steps of rank."""
-    ranked = np.argsort([-len(one.score) for one in found], kind="stable")
-    chosen = ranked[np.unique(np.linspace(0, len(ranked) - 1, SHEET_PATCHES).astype(int))]
-    mpp = patches.attributes["mpp"]
-    pictures = [_circled(patches[row], found[row], mpp) for row in chosen.tolist()]
-    pictures += [np.full_like(pictures[0], 255)] * (-len(pictures) % SHEET_COLUMNS)
-    lines = [pictures[at : at + SHEET_COLUMNS] for at in range(0, len(pictures), SHEET_COLUMNS)]
-    sheet = np.vstack([np.hstack(line) for line in lines])
-    write_jpeg(file, sheet)
-
-
-def _circled(
-    patch: UInt8[np.ndarray, "height width 3"], nuclei: Detection, mpp: float
-) -> UInt8[np.ndarray, "px px 3"]:
-    zoom = SHEET_PX / len(patch)
-    way = cv2.INTER_AREA if zoom < 1 else cv2.INTER_CUBIC
-    picture = cv2.resize(patch, (SHEET_PX, SHEET_PX), interpolation=way)
-    for (x, y), radius_um in zip(nuclei.centroid_px, nuclei.radius_um, strict=True):
-        centre = round(float(x) * zoom), round(float(y) * zoom)
-        cv2.circle(picture, centre, round(float(radius_um) / mpp * zoom) + 2, MARK_RGB, 2)
-    return picture
 
 
 if __name__ == "__main__":

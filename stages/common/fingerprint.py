@@ -22,6 +22,7 @@ ENGINE = frozenset(
         "params",
         "plugins",
         "run",
+        "devices",
         "quality",
     )
 )

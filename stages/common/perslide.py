@@ -8,17 +8,18 @@ was made is kept, the failures are listed at the end, and the stage exits non-ze
 import functools
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from stages.common import cache, fingerprint, params
+from stages.common import cache, devices, fingerprint, params
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Job:
     slide_id: str
     inputs: tuple[str, ...]  # content digests of what the result is made from
     arguments: dict[str, Any] = field(default_factory=dict)  # for `make`; not part of the key
+    work: int = 1  # share of the progress bar, in the unit of `run`
 
 
 Make = Callable[[Path, Job], None]
@@ -70,6 +72,8 @@ def run(
     *,
     code: tuple[str, ...],
     settings: dict[str, Any],
+    processes: int | None = None,
+    unit: str = "slide",
 ) -> None:
     """Bring every job's result to `target/<slide_id>/`, making only what the cache lacks.
 
@@ -81,11 +85,15 @@ def run(
         target: Made anew; holds hard links to the cache.
         code: Modules that decide the bytes; all they import counts too.
         settings: Every param that decides the bytes.
+        processes: At most so many at once on this machine, as for one a GPU; None: one a core.
+        unit: What `Job.work` counts; the progress bar tells how many a second.
 
     Raises:
         ValueError: slides failed; all others are in the cache, and a rerun makes only those.
     """
     engine = params.load(EngineParams, "engine")
+    if processes:
+        engine = replace(engine, workers=min(engine.workers or processes, processes))
     cache.sweep(stage)
     if target.exists():
         shutil.rmtree(target)
@@ -98,7 +106,8 @@ def run(
     missing = [job for job in jobs if not cache.entry(stage, keys[job.slide_id]).is_dir()]
     logger.info("%s: %d slides to make, %d reused", stage, len(missing), len(jobs) - len(missing))
     made = {"settings": settings, "code": digest}
-    failures = _build_all(stage, make, missing, keys, made, engine) if missing else {}
+    build = functools.partial(_build, stage, make, provenance=made)
+    failures = _build_all(stage, build, missing, keys, engine, unit) if missing else {}
     cache.sweep(stage)
     _report(stage, failures, len(jobs))
     for job in jobs:
@@ -107,33 +116,43 @@ def run(
 
 def _build_all(
     stage: str,
-    make: Make,
+    build: Callable[..., None],
     jobs: list[Job],
     keys: dict[str, str],
-    provenance: dict[str, Any],
     engine: EngineParams,
+    unit: str,
 ) -> dict[str, str]:
     """Make every job's result and return the error of each slide that failed."""
     failures: dict[str, str] = {}
-    build = functools.partial(_build, stage, make, provenance=provenance)
     begun = time.perf_counter()
+    total = sum(job.work for job in jobs)
     with (
         _client(engine, len(jobs)) as client,
-        tqdm(total=len(jobs), desc=stage, unit="slide") as bar,
+        # The mean speed: slides end in bursts, one from each process.
+        tqdm(total=total, desc=stage, unit=f" {unit}", smoothing=0) as bar,
     ):
         for job, error in _window(client, build, jobs, keys):
             if error:
                 failures[job.slide_id] = error
                 tqdm.write(f"{stage}: slide {job.slide_id} failed: {error}")
-            bar.update()
+            bar.update(job.work)
     made = len(jobs) - len(failures)
     logger.info("%s: made %d slides in %.1f s", stage, made, time.perf_counter() - begun)
     return failures
 
 
 def _build(stage: str, make: Make, job: Job, key: str, provenance: dict[str, Any]) -> None:
+    os.environ[devices.WORKER] = _worker_number()
     described = {**provenance, "inputs": job.inputs}
     cache.build(stage, key, job.slide_id, described, lambda folder: make(folder, job))
+
+
+def _worker_number() -> str:
+    """The digits that end this worker's name: workers of one machine are numbered from 0."""
+    from distributed import get_worker
+
+    digits = re.search(r"\d+$", str(get_worker().name))
+    return digits[0] if digits else "0"
 
 
 def _window(

@@ -19,6 +19,7 @@ x0, y0 are level-0 pixels; x, y are patch pixels. Both are continuous: pixel col
 digest of what the store was made from), schema. What made it stands beside it, in made.json.
 """  # noqa: E501
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -33,7 +34,9 @@ from stages.common import jpeg
 from stages.common.patches import ZSTD_LEVEL, PatchStore, ViewStore, encoded
 from stages.common.shards import write_shard
 
-SCHEMA = 1
+SCHEMA = 2
+# Chunks are named c.0.0, not c/0/0: half as many folders, which DVC walks at each repro.
+CHUNK_NAMES = {"name": "default", "separator": "."}
 SHARD_PATCHES = 512
 ATTRIBUTES = ("slide_id", "mpp", "slide_mpp", "input")
 
@@ -137,6 +140,12 @@ def open_patches(path: Path) -> PatchStore:
     return _open_store(PatchStore, path, PATCHES)
 
 
+def count_patches(path: Path) -> int:
+    """How many patches a finished store holds, at a hundredth of the cost of opening it."""
+    described = json.loads((path / "patch" / "zarr.json").read_text(encoding="utf-8"))
+    return int(described["shape"][0])
+
+
 def open_views(path: Path) -> ViewStore:
     """Open `data/perturb/<slide>/views.zarr`."""
     return _open_store(ViewStore, path, VIEWS)
@@ -169,7 +178,13 @@ def _write_arrays(
         if values.ndim != axes:
             raise ValueError(f"{group.store_path}: {name} has {values.ndim} axes: it needs {axes}")
         chunk = tuple(max(length, 1) for length in values.shape)  # one file an array
-        group.create_array(name, data=values.astype(dtype), chunks=chunk, compressors=ZstdCodec())
+        group.create_array(
+            name,
+            data=values.astype(dtype),
+            chunks=chunk,
+            compressors=ZstdCodec(),
+            chunk_key_encoding=CHUNK_NAMES,
+        )
 
 
 def _write_patches(
@@ -188,11 +203,12 @@ def _write_patches(
         chunks=(1, patch_px, patch_px, 3),
         shards=(shard, patch_px, patch_px, 3),
         dimension_names=("patch", "height", "width", "channel"),
+        chunk_key_encoding=CHUNK_NAMES,
         **_codec_arguments(codec),
     )
     chunks = encoded(patches, codec, patch_px)
     written = sum(
-        write_shard(path / "patch" / "c" / f"{at}/0/0/0", islice(chunks, shard), shard)
+        write_shard(path / "patch" / f"c.{at}.0.0.0", islice(chunks, shard), shard)
         for at in range(-(-count // shard))
     )
     if written != count or next(chunks, None) is not None:

@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import UInt8
 from scipy.special import expit
-from skimage.measure import regionprops_table
 
+from stages.common import devices
 from stages.detectors import Detection
+from stages.detectors._labels import measure
 from stages.detectors._patches import check
 
 SMALLEST = 0.1  # of the area of a nucleus of diameter_um: smaller ones are dropped
@@ -66,6 +67,7 @@ class _Cellpose:
         self._reads_colour = "W2" in self._keys
         _check_generation(self._path, self._reads_colour, release)
         self.version = f"cellpose {release}, weights {digest}"
+        self.device = devices.pick(params.device, "detect.cellpose")
 
     def __call__(
         self, patches: UInt8[np.ndarray, "patch height width 3"], mpp: float
@@ -85,24 +87,19 @@ class _Cellpose:
             min_size=max(1, round(SMALLEST * math.pi / 4 * diameter_px**2)),
             **({"channel_axis": 3} if self._reads_colour else {"channels": [0, 0], "z_axis": 0}),
         )
-        logits = flows[2].reshape(patches.shape[:3])
+        score = expit(flows[2].reshape(patches.shape[:3]))
         labels = masks.reshape(patches.shape[:3])
-        return [_measure(*pair, mpp) for pair in zip(labels, logits, strict=True)]
+        return [measure(*pair, mpp) for pair in zip(labels, score, strict=True)]
 
     @functools.cached_property
     def _network(self) -> Any:
         import torch
 
         models, _ = _cellpose()
-        wanted = self._params.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cuda" and not torch.cuda.is_available():
-            raise ValueError("detect.cellpose.device is cuda, and there is none: set it to auto")
         # Sixteen bits are slower than 32 on a CPU.
-        precision = {"use_bfloat16": wanted == "cuda"} if self._reads_colour else {}
+        precision = {"use_bfloat16": self.device != "cpu"} if self._reads_colour else {}
         model = models.CellposeModel(
-            pretrained_model=str(self._path), device=torch.device(wanted), **precision
+            pretrained_model=str(self._path), device=torch.device(self.device), **precision
         )
         missing = sorted(set(model.net.state_dict()) - self._keys)
         if missing:
@@ -188,18 +185,3 @@ def _inverted_gray(
 ) -> UInt8[np.ndarray, "patch height width"]:
     """Bright nuclei on dark, which the networks before cellpose 4 were trained on."""
     return 255 - np.stack([cv2.cvtColor(patch, cv2.COLOR_RGB2GRAY) for patch in patches])
-
-
-def _measure(
-    labels: Integer[np.ndarray, "height width"],
-    logits: Float[np.ndarray, "height width"],
-    mpp: float,
-) -> Detection:
-    names = ("centroid", "area", "intensity_mean")
-    found = regionprops_table(labels, logits, properties=names)
-    centroid = np.stack([found["centroid-1"], found["centroid-0"]], axis=1) + 0.5
-    return Detection(
-        centroid.astype(np.float32),
-        (np.sqrt(found["area"] / np.pi) * mpp).astype(np.float32),
-        expit(found["intensity_mean"]).astype(np.float32),
-    )

@@ -82,6 +82,8 @@ class _Regions:
 class _Hematoxylin:
     """See `stages.detectors.Detector`."""
 
+    device = "cpu"
+
     def __init__(self, params: Params) -> None:
         self.version = (
             f"hematoxylin {VERSION}, skimage {skimage.__version__}, cv2 {cv2.__version__}"

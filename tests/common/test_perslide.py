@@ -26,8 +26,17 @@ def jobs(*names: str, inputs: tuple[str, ...] = ("digest",), **failures: str) ->
     return plain + [Job(name, inputs, {"failure": how}) for name, how in failures.items()]
 
 
-def run(work: list[Job], **settings: int) -> None:
-    perslide.run("toy", toy.make, work, Path("data/toy"), code=CODE, settings=settings)
+def run(work: list[Job], processes: int | None = None, **settings: int) -> None:
+    perslide.run(
+        "toy",
+        toy.make,
+        work,
+        Path("data/toy"),
+        code=CODE,
+        settings=settings,
+        processes=processes,
+        unit="rows",
+    )
 
 
 def made() -> int:
@@ -47,6 +56,24 @@ def test_makes_once_and_links_ever_after(caplog):
     assert first.stat().st_ino == inode  # a hard link: the disk holds it once
     run(jobs("c"), depth=1)
     assert sorted(path.name for path in Path("data/toy").iterdir()) == ["c"]
+
+
+def worker_numbers() -> list[str]:
+    return sorted(path.read_text() for path in Path("data/toy").glob("*/worker.txt"))
+
+
+def test_workers_are_numbered_and_no_more_than_asked_for():
+    names = [f"s{number}" for number in range(8)]
+    run([Job(name, (), {"wait": 0.2}) for name in names])
+    assert set(worker_numbers()) == {"0", "1"}
+    run([Job(name, ("other",), {"wait": 0.02}) for name in names], processes=1)
+    assert set(worker_numbers()) == {"0"}
+
+
+def test_the_bar_counts_work(capfd):
+    run([Job("a", (), work=30), Job("b", (), work=12)])
+    shown = capfd.readouterr().err
+    assert "42/42" in shown and re.search(r"[\d.]+ rows/s|[\d.]+s/ rows", shown)
 
 
 def test_input_settings_and_slide_id_decide_and_going_back_is_free():

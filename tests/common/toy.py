@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
+from stages.common import devices
 from stages.common.perslide import Job
 
 
@@ -16,6 +18,8 @@ def make(folder: Path, job: Job) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if failure == "full":
         raise OSError(28, "No space left on device")
+    time.sleep(job.arguments.get("wait", 0))
+    (folder / "worker.txt").write_text(os.environ[devices.WORKER])
     (folder / "inner").mkdir()
     (folder / "inner" / "value.txt").write_text(f"{job.slide_id} {job.inputs}")
     (folder / "picture.jpg").write_bytes(os.urandom(8))

@@ -7,12 +7,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from stages import detect
 from stages.common import cache, stores
 from stages.common.perslide import Job
-from stages.detectors import Detection, cellpose, hematoxylin
+from stages.detectors import Detection, _batches, _overlay, cellpose, hematoxylin
+from tests.stages.test_instanseg import WEIGHTS
 
 PX, MPP, SLIDE_MPP = 61, 0.5, 0.2
 OWN = hematoxylin.Params("auto", 1.8, 9.0, 0.1, 0.9, 1.1, 6.0)
@@ -110,9 +112,9 @@ def test_a_slide_without_nuclei_has_an_empty_store(data):
 def test_overlay_circles_nuclei_and_goes_from_full_to_empty(data):
     a_slide(data, "a", NUCLEI)
     sheet = cv2.imread(str(made(data, "a") / "overlay.jpg"))[..., ::-1].astype(int)
-    side = detect.SHEET_PX
+    side = _overlay.SHEET_PX
     assert sheet.shape == (side, 4 * side, 3)
-    green = np.abs(sheet - detect.MARK_RGB).sum(axis=2) < 60
+    green = np.abs(sheet - _overlay.MARK_RGB).sum(axis=2) < 60
     shares = [green[:, at * side : (at + 1) * side].mean() for at in range(4)]
     assert shares[0] > 1.5 * shares[1] and shares[1] > 0.003 and shares[3] == 0
     rows, columns = np.nonzero(green[:, side : 2 * side])  # the first of those with one nucleus
@@ -122,7 +124,21 @@ def test_overlay_circles_nuclei_and_goes_from_full_to_empty(data):
 def test_overlay_shows_16_of_many_patches(data):
     a_slide(data, "a", NUCLEI * 11)
     sheet = cv2.imread(str(made(data, "a") / "overlay.jpg"))
-    assert sheet.shape == (4 * detect.SHEET_PX, 4 * detect.SHEET_PX, 3)
+    assert sheet.shape == (4 * _overlay.SHEET_PX, 4 * _overlay.SHEET_PX, 3)
+
+
+def test_overlay_draws_outlines_where_there_are_any(tmp_path):
+    """A box around the second quarter, and no circle."""
+    box = np.array([[8, 4], [12, 4], [12, 8], [8, 8]], np.float32)
+    points = np.array([[10, 6]], np.float32), np.ones(1, np.float32), np.ones(1, np.float32)
+    patch = np.full((16, 16, 3), 240, np.uint8)
+    _overlay.write(tmp_path / "sheet.jpg", [patch], [Detection(*points, [box])], 0.5)
+    sheet = cv2.imread(str(tmp_path / "sheet.jpg"))[..., ::-1].astype(int)
+    dark = np.argwhere(np.abs(sheet - _overlay.MARK_RGB).sum(axis=2) < 60)[:, ::-1] / 20
+    assert np.abs(dark.min(axis=0) - (8, 4)).max() < 0.15
+    assert np.abs(dark.max(axis=0) - (12, 8)).max() < 0.15
+    inside = (np.abs(dark - (10, 6)) < 1.8).all(axis=1)
+    assert len(dark) > 500 and not inside.any()
 
 
 def test_the_stage_writes_all_slides_and_metrics(data):
@@ -164,6 +180,7 @@ def test_weights_are_in_the_key_by_content_and_not_by_place(data, monkeypatch):
     class Stub:
         def __init__(self, params):
             self.version = f"stub, weights {Path(params.weights).read_text()}"
+            self.device = "cpu"
 
     monkeypatch.setattr(cellpose, "build", Stub)
     a_slide(data, "a", NUCLEI)
@@ -194,9 +211,135 @@ def test_one_changed_slide_is_one_slide_detected(data, caplog):
     assert len(stores.open_nuclei(data / "detect/b/nuclei.zarr").score) == 1
 
 
+def test_where_and_how_many_at_once_is_not_in_the_key(data, monkeypatch):
+    class Stub:
+        version, device = "stub", "cpu"
+
+        def __init__(self, params):
+            pass
+
+    monkeypatch.setattr(cellpose, "build", Stub)
+    a_slide(data, "a", NUCLEI)
+    own = {"weights": "w", "diameter_um": 8.0, "flow_threshold": 0.4, "cellprob_threshold": 0.0}
+    keys = [
+        keys_of(monkeypatch, detector="cellpose", cellpose={**own, **more})
+        for more in (
+            {"batch_tiles": 8, "device": "auto"},
+            {"batch_tiles": 1, "device": "cpu"},
+            {"batch_tiles": 1, "device": "cpu", "diameter_um": 9.0},
+        )
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_switching_detectors_back_and_forth_detects_nothing_again(data, caplog):
+    """With the real stage: two detectors, two settings of one, and a slide that comes later."""
+    caplog.set_level("INFO")
+    own = SECTIONS["detect"]["hematoxylin"]
+    network = {"weights": str(data.parent / "net"), "sha256": "", "seed_threshold": 0.7}
+    network |= {"min_radius_um": 1.8, "device": "cpu"}
+    choices = [{}, {"hematoxylin": {**own, "merge_um": 5.0}}]
+    if WEIGHTS.is_file():
+        (data.parent / "net").symlink_to(WEIGHTS)
+        choices.append({"detector": "instanseg", "instanseg": network})
+    a_slide(data, "a", NUCLEI)
+    for round_ in ("1 slides to make, 0 reused", "0 slides to make, 1 reused"):
+        for choice in choices:
+            caplog.clear()
+            write_params(**choice)
+            detect.main()
+            assert f"detect: {round_}" in caplog.text
+    a_slide(data, "b", NUCLEI[:2])
+    for choice in choices:
+        caplog.clear()
+        write_params(**choice)
+        detect.main()
+        assert "detect: 1 slides to make, 1 reused" in caplog.text
+
+
+class Small:
+    """Torch's own error above so many patches; else as many nuclei as the patch's first value."""
+
+    version = "small"
+
+    def __init__(self, fits: int, device: str = "cuda:1") -> None:
+        self.fits, self.device, self.tried = fits, device, []
+
+    def __call__(self, patches, mpp):
+        self.tried.append(len(patches))
+        if len(patches) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        counts = [int(patch[0, 0, 0]) for patch in patches]
+        return [
+            Detection(np.zeros((n, 2), np.float32), *[np.ones(n, np.float32)] * 2) for n in counts
+        ]
+
+
+def numbered(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((5, 5, 3), np.uint8)
+
+
+def test_halves_the_batch_when_memory_runs_out_and_says_so_once(caplog):
+    detector = Small(fits=3)
+    batches = _batches.Batches(detector, 13)
+    for _ in range(2):
+        assert [len(one.score) for one in batches(numbered(17), 0.5)] == list(range(17))
+    assert detector.tried == [13, 6, *[3] * 5, 2, *[3] * 5, 2]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2 and "13 patches at once do not fit the memory of cuda:1" in said[0]
+    assert "going on with 3; set detect.batch_patches to that" in said[1]
+
+
+def test_halves_what_was_tried_and_not_the_setting(caplog):
+    detector = Small(fits=2)
+    assert len(list(_batches.Batches(detector, 99)(numbered(5), 0.5))) == 5
+    assert detector.tried == [5, 2, 2, 1] and len(caplog.records) == 1
+
+
+def test_one_patch_too_many_names_the_batch_and_the_device():
+    message = "one patch of 5 px .* memory of cuda:1, and detect.batch_patches cannot be below 1"
+    with pytest.raises(ValueError, match=message):
+        list(_batches.Batches(Small(fits=0), 4)(numbered(5), 0.5))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The following operation failed in the TorchScript interpreter.\nCUDA out of memory.",
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
+    ],
+)
+def test_knows_memory_errors_that_have_no_type_of_their_own(text):
+    assert _batches._is_out_of_memory(RuntimeError(text))
+    assert not _batches._is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_other_errors_of_a_detector_are_not_swallowed():
+    class Broken(Small):
+        def __call__(self, patches, mpp):
+            raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        list(_batches.Batches(Broken(1), 4)(numbered(5), 0.5))
+
+
+def test_a_gpu_gets_one_process_and_the_bar_counts_patches(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(detect.perslide, "run", lambda *given, **named: seen.append((given, named)))
+    monkeypatch.setattr(detect.quality, "write", lambda *_: {"nuclei": 0, "patches": 0})
+    monkeypatch.setattr(detect.devices, "count", lambda: 3)
+    a_slide(data, "a", NUCLEI)
+    for device in ("cuda", "cpu"):
+        detector = Small(1, device)
+        monkeypatch.setattr(detect, "_detector", lambda name, own, it=detector: it)
+        detect.main()
+    assert [named["processes"] for _, named in seen] == [3, None]
+    assert seen[0][1]["unit"] == "patches" and seen[0][0][2][0].work == len(NUCLEI)
+
+
 def test_an_unknown_detector_lists_those_there_are(data):
     write_params(detector="haematoxylin")
-    with pytest.raises(ValueError, match=r"no 'haematoxylin'.*cellpose, hematoxylin"):
+    with pytest.raises(ValueError, match=r"no 'haematoxylin'.*hematoxylin"):
         detect.main()
 
 
@@ -223,7 +366,7 @@ def test_rejects_an_empty_batch():
 
 def test_make_takes_any_detector(data, monkeypatch):
     class Corner:
-        version = "corner"
+        version, device = "corner", "cpu"
 
         def __call__(self, patches, mpp):
             one = np.array([[0.0, 0.0]], np.float32), np.ones(1, np.float32), np.ones(1, np.float32)

@@ -201,14 +201,14 @@ def test_finds_nothing_in_sensor_noise():
 
 
 def test_finds_thousands():
-    grid = np.arange(7.0, 640, 12.0)
+    grid = np.arange(7.0, 860, 12.0)
     discs = [(x, y) for x in grid for y in grid]
-    image = np.full((1280, 1280, 3), BACKGROUND, np.uint8)
+    image = np.full((1720, 1720, 3), BACKGROUND, np.uint8)
     for x, y in discs:
         cv2.circle(image, (int(x * 2), int(y * 2)), 6, NUCLEUS, -1, cv2.LINE_AA)
     nuclei = found(image, 0.5)
     counts = _score.match(nuclei.centroid_px.astype(float) * 0.5, np.array(discs), 1.5)
-    assert len(discs) == 53**2 and counts.precision > 0.999 and counts.recall > 0.999
+    assert len(discs) == 72**2 and counts.precision > 0.999 and counts.recall > 0.999
 
 
 def test_a_patch_is_treated_alike_whatever_others_are_given():
@@ -341,6 +341,8 @@ def test_cellpose_turns_masks_into_nuclei(perfect):
         assert np.abs(nuclei.centroid_px * 0.25 - (x, y)).max() < 0.25
         assert nuclei.radius_um == pytest.approx(radius, abs=0.3)
         assert nuclei.score == pytest.approx(1 / (1 + np.exp(-2)), abs=0.05)
+        around = np.hypot(*(nuclei.outline_px[0] * 0.25 - (x, y)).T)
+        assert around == pytest.approx(radius, abs=0.5)
 
 
 @quiet

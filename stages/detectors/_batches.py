@@ -1,0 +1,82 @@
+"""Patches through a detector in batches that fit the memory of its device."""
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from stages.detectors import Detection, Detector
+
+logger = logging.getLogger(__name__)
+
+# As torch and TorchScript say it, on a GPU and on a CPU; the latter two raise plain RuntimeErrors.
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+class Batches:
+    """Runs a detector; from the first time that memory runs out, on half as many patches."""
+
+    def __init__(self, detector: Detector, batch: int) -> None:
+        self._detector = detector
+        self._batch = batch
+
+    def __call__(self, patches: Sequence[np.ndarray], mpp: float) -> Iterator[Detection]:
+        """The nuclei of each patch.
+
+        Args:
+            patches: Uint8 [height, width, 3], of one size; read as they are needed.
+            mpp: Microns per pixel of the patches.
+
+        Raises:
+            ValueError: not even one patch fits the memory.
+        """
+        begin = 0
+        while begin < len(patches):
+            end = min(begin + self._batch, len(patches))
+            some = np.stack([patches[row] for row in range(begin, end)])
+            found = self._attempt(some, mpp)
+            if found is None:
+                self._halve(len(some), some.shape[1])
+            else:
+                yield from found
+                begin = end
+
+    def _attempt(self, patches: np.ndarray, mpp: float) -> list[Detection] | None:
+        """None when memory ran out. What the failed run held is free once this has returned."""
+        try:
+            return self._detector(patches, mpp)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        return None
+
+    def _halve(self, tried: int, side_px: int) -> None:
+        device = self._detector.device
+        if tried == 1:
+            raise ValueError(
+                f"one patch of {side_px} px does not fit the memory of {device}, and "
+                "detect.batch_patches cannot be below 1: end what else runs on it, lower "
+                "tile.patch_px, or set the detector's device to cpu"
+            )
+        self._batch = tried // 2
+        logger.warning(
+            "detect: %d patches at once do not fit the memory of %s: going on with %d; "
+            "set detect.batch_patches to that",
+            tried,
+            device,
+            self._batch,
+        )
+
+
+@functools.cache
+def of(detector: Detector, batch: int) -> Batches:
+    """One a process: what it learned of the memory on one slide holds for the next."""
+    return Batches(detector, batch)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name: torch, whose error this is, is not to be imported for detectors without it.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error).lower()
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(it in text for it in SIGNS)
