@@ -82,7 +82,13 @@ def _publish(folder: Path, final: Path) -> None:
 
 def link(source: Path, target: Path) -> None:
     """Put a result at `target` by hard links, or by copies where the file system has none."""
-    shutil.copytree(source, target, copy_function=_link_file)
+    target.mkdir(parents=True)
+    with os.scandir(source) as found:
+        for one in found:
+            if one.is_dir():
+                link(Path(one.path), target / one.name)
+            else:
+                _link_file(one.path, str(target / one.name))
 
 
 def _link_file(source: str, target: str) -> None:

@@ -51,7 +51,7 @@ class PatchStore:
 
     def _reader(self, shard: int) -> ShardReader:
         if shard not in self._readers:
-            path = self.path / "patch" / "c" / f"{shard}/0/0/0"
+            path = self.path / "patch" / f"c.{shard}.0.0.0"
             self._readers[shard] = ShardReader(path, self.shard_patches)
         return self._readers[shard]
 

@@ -80,7 +80,7 @@ def test_opening_says_what_differs(tmp_path):
         stores.open_patches(tmp_path / "b")
     group = zarr.open_group(tmp_path / "b")
     group.attrs["schema"] = 99
-    with pytest.raises(ValueError, match="has schema 99: this version reads 1"):
+    with pytest.raises(ValueError, match="has schema 99: this version reads 2"):
         stores.open_bag(tmp_path / "b")
 
 
