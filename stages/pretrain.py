@@ -7,92 +7,56 @@
             data/pretrain/dvclive             the curves, live
             data/pretrain/views.png           first views: patch, then its views in order
 
-Run it with `dvc repro pretrain`; its settings are the `pretrain` section of params.yaml, a section
-in there named like the method, `sparse_topk` and `irpe`. A run that was stopped or killed goes on
-from its last checkpoint when it is run again, and ends with the weights of an unbroken run.
+Run it with `dvc repro pretrain`, on several GPUs `torchrun --nproc-per-node 8 -m stages.pretrain`
+before; its settings are the `pretrain` section of params.yaml, a section in there named like the
+method, `sparse_topk` and `irpe`. A run that was stopped or killed goes on from its last checkpoint
+when it is run again, and ends with the weights of an unbroken run.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import signal
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from tqdm import tqdm
 
 from stages.common import (
-    cache,
+    backbones,
     checkpoint,
     encoders,
-    fingerprint,
     optimizer,
     params,
     plugins,
+    ranks,
     run,
     sheet,
+    training,
     viewset,
 )
 from stages.common.chance import keys_of
-from stages.common.encoders import EncoderSpec
 from stages.common.journal import Journal
-from stages.common.schedules import cosine, warmup_cosine
+from stages.common.ranks import Ranks
+from stages.common.spec import EncoderSpec
+from stages.common.training import Plan, PretrainParams
 from stages.common.views import make_views
 from stages.common.viewset import Batch, ViewSet
 from stages.methods import Method
 
-# Settings that change how a run goes about it and not what comes out.
-INDIFFERENT = ("workers", "checkpoint_steps")
-REFERENCE_BATCH = 256  # patches per step that learning_rate is given for
 SHEET_ROWS = 8
 
 
-@dataclass(frozen=True)
-class PretrainParams:
-    """Section pretrain of params.yaml; each method has a section of its own inside."""
-
-    method: str  # a file of stages/methods
-    backbone: str  # timm's name of a vision transformer (paper: vit_tiny_patch16_224)
-    token_px: int  # side of a token
-    global_px: int  # side of a global view, and of the image that an embedding is made from
-    drop_path: float  # chance of skipping a residual branch, at the last block
-    epochs: int  # passes over all patches
-    batch: int  # patches per step
-    optimizer: optimizer.Name  # adam: the paper's, its decay is part of the gradient
-    learning_rate: float  # peak at 256 patches per step, in proportion to batch (paper: 5e-4)
-    final_learning_rate: float  # at the end of the run
-    warmup_epochs: float  # in which the learning rate rises from 0
-    weight_decay: float  # at first; biases and norms have none
-    final_weight_decay: float  # at the end of the run
-    clip_norm: float  # largest norm of the gradient of any one tensor; 0: no limit
-    autocast: Literal["none", "bf16"]  # bf16: matrix products in bfloat16, where it is fast
-    workers: int  # processes that read patches; 0: the training process reads
-    log_steps: int  # steps between two points of the curves
-    checkpoint_steps: int  # steps between two checkpoints
-
-    def __post_init__(self) -> None:
-        """Refuse values with which nothing could be trained."""
-        for name in ("token_px", "epochs", "batch", "log_steps", "checkpoint_steps"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("weight_decay", "final_weight_decay", "clip_norm", "workers"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        self._require("learning_rate", self.learning_rate > 0, "above 0")
-        self._require("drop_path", 0 <= self.drop_path < 1, "from 0 to below 1")
-        below = f"from 0 to below epochs, {self.epochs}"
-        self._require("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, below)
-        whole = self.global_px >= 1 and self.global_px % self.token_px == 0
-        self._require("global_px", whole, f"a multiple of token_px, {self.token_px}")
-
-    def _require(self, name: str, holds: bool, what: str) -> None:
-        if not holds:
-            value = getattr(self, name)
-            raise ValueError(f"params.yaml: pretrain.{name} is {value}: it must be {what}")
-
-
 def main(
-    source: Path, target: Path, settings: PretrainParams, of_method: Any, top: params.Top
+    source: Path,
+    target: Path,
+    settings: PretrainParams,
+    of_method: Any,
+    top: params.Top,
+    group: Ranks,
 ) -> None:
     """Train one encoder on the views in `source`; `of_method` is the method's own section.
 
@@ -101,169 +65,142 @@ def main(
         ValueError: settings and views do not go together, or training diverged.
     """
     data = ViewSet(source)
-    spec = _spec(data, settings, top)
+    training.check_batch(settings, len(data), group.count)
+    spec = backbones.describe(settings, top, data.patch_px, data.mpp)
     run.seed_everything(top.seed)
-    encoder = encoders.build(spec, settings.drop_path)
+    method = _method(spec, settings, of_method, group)
+    made = training.provenance(data.digest, settings, of_method, top)
+    plan = Plan(settings, spec, top.seed, made, len(data) // settings.batch)
+    if group.first:
+        encoders.save(target / "untrained", method.encoder, spec, {**made, "steps": 0})
+        _draw_views(target / "views.png", method, data, plan, group)
+    curves = target / "dvclive" if group.first else None
+    with Journal(curves, settings.log_steps, plan.total) as journal:
+        result = {"encoder": method.encoder, "journal": journal}
+        if not group.agreed(group.first and checkpoint.finished(plan.folder, result, made)):
+            with training.memory_explained(settings, group.count):
+                train(method, data, plan, journal, group)
+            if group.first:
+                checkpoint.finish(plan.folder, plan.total, result, made)
+    if group.first:
+        encoders.save(target / "pretrained", method.encoder, spec, {**made, "steps": plan.total})
+        counts = {"epochs": settings.epochs, "steps": plan.total, "views": len(data)}
+        run.write_metrics(target / "metrics.json", {**counts, **journal.summary(plan.per_epoch)})
+
+
+def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: Ranks) -> Method:
+    encoder = group.with_norms(backbones.prepare(spec, settings))
+    if settings.gradient_checkpointing:
+        encoder.set_grad_checkpointing()
     build = plugins.load("methods", settings.method).build
-    method = build(encoder, of_method, spec.image_px).to(_device()).train()
-    _check(data, method, settings)
-    made = _provenance(data, settings, of_method, top)
-    encoders.save(target / "untrained", method.encoder, spec, {**made, "steps": 0})
-    _draw_views(target / "views.png", method, data, settings, top.seed)
-    total = settings.epochs * (len(data) // settings.batch)
-    journal = Journal(target / "dvclive", settings.log_steps, total)
-    with journal, checkpoint.interruptible() as stopped:
-        cached = cache.entry("pretrain", made["run"])
-        train(method, data, settings, top.seed, journal, cached, stopped)
-    encoders.save(target / "pretrained", method.encoder, spec, {**made, "steps": total})
-    counts = {"epochs": settings.epochs, "steps": total, "views": len(data)}
-    metrics = {**counts, **journal.summary(len(data) // settings.batch)}
-    run.write_metrics(target / "metrics.json", metrics)
+    method = build(encoder, of_method, spec.image_px).to(group.device).train()
+    training.check_views(settings, method.view_policies)
+    if settings.compile:
+        for module in method.modules():
+            if isinstance(module, type(encoder)):  # the teacher's, too
+                module.compile()
+    return method
 
 
-def train(
-    method: Method,
-    data: ViewSet,
-    settings: PretrainParams,
-    seed: int,
-    journal: Journal,
-    cached: Path,
-    stopped: list[int],
-) -> None:
-    """Take all steps that are left after the newest checkpoint in `cached`.
+def train(method: Method, data: ViewSet, plan: Plan, journal: Journal, group: Ranks) -> None:
+    """Take all steps that are left after the newest checkpoint of `plan`.
 
-    With a signal in `stopped` the run leaves a checkpoint and ends.
+    After SIGINT or SIGTERM on any rank the run leaves a checkpoint and ends.
 
     Raises:
         ValueError: loss or gradient is no longer finite.
         SystemExit: a signal was received.
     """
-    device, per_epoch = _device(), len(data) // settings.batch
-    total = settings.epochs * per_epoch
+    settings, device, passes = plan.settings, group.device, plan.settings.accumulate
     trained = [value for value in method.parameters() if value.requires_grad]
     adam = optimizer.build(trained, settings.optimizer)
-    parts = {"method": method, "optimizer": adam, "journal": journal}
-    first = checkpoint.resume(cached, parts, device)
-    for step, batch in enumerate(_batches(data, settings, seed, range(first, total)), first):
-        progress = step / total
-        rates = _rates(settings, progress)
-        optimizer.schedule(adam, **rates)
-        views = _views(method, batch, seed, step // per_epoch)
-        torch.manual_seed(seed + step)  # dropped paths: the same after a resume
-        with torch.autocast(device.type, torch.bfloat16, settings.autocast == "bf16"):
-            loss = method(views, progress)
-        loss.backward()
-        norm = optimizer.clip_each(trained, settings.clip_norm)
-        numbers = torch.stack([loss.detach(), norm]).tolist()  # the one wait for the device
-        _check_finite(*numbers, step, cached)
-        method.after_backward(progress)
-        adam.step()
-        adam.zero_grad()
-        method.after_step(progress)
-        journal.note(numbers[0], len(batch.rows))
-        if journal.due(step + 1):
-            health = {**rates, "gradient_norm": numbers[1], **method.monitor(progress)}
-            journal.write(step + 1, health)
-        if stopped or (step + 1) % settings.checkpoint_steps == 0 or step + 1 == total:
-            checkpoint.save(cached, step + 1, parts)
-        if stopped and step + 1 < total:
-            checkpoint.leave(stopped[0], step + 1, total)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
+    parts = {"method": method, "optimizer": adam, "scaler": scaler, "journal": journal}
+    first = checkpoint.resume(plan.folder, parts, plan.made, group)
+    parallel = group.parallel(method)
+    batches = journal.waiting(_batches(data, plan, first, group))
+    with checkpoint.interruptible(group) as stopped:
+        for step in _bar(settings.method, first, plan.total, group):
+            progress, epoch = step / plan.total, step // plan.per_epoch
+            rates = training.rates(settings, progress)
+            optimizer.schedule(adam, **rates)
+            total = torch.zeros((), device=device)
+            for number, batch in enumerate(islice(batches, passes), start=1):
+                keys = keys_of(plan.seed, epoch, batch.rows)
+                views = _views(method, batch, keys, plan.spec, device)
+                # Dropped paths: the same after a resume, and others for each pass of each rank.
+                torch.manual_seed(int(keys_of(plan.seed, step, batch.rows[:1])))
+                with group.averaging(parallel, now=number == passes):
+                    with _autocast(settings, device):
+                        loss = parallel(views, progress, keys) / passes
+                    scaler.scale(loss).backward()
+                total += loss.detach()
+            scaler.unscale_(adam)
+            norm = optimizer.clip_each(trained, settings.clip_norm)
+            means = group.mean(torch.stack([total, norm, norm.new_tensor(len(stopped))]))
+            loss, norm, stop = means.tolist()  # the one wait for the device
+            training.check_finite(loss, norm, scaler, step, plan.folder)
+            method.after_backward(progress)
+            if math.isfinite(norm):  # else fp16 overflowed: the step is left out
+                scaler.step(adam)
+                method.after_step(progress)
+            scaler.update()
+            adam.zero_grad()
+            journal.note(loss, norm, settings.batch)
+            if journal.due(step + 1):
+                journal.write(step + 1, {**rates, **method.monitor(progress)})
+            if group.first and (stop or plan.saves(step + 1)):
+                checkpoint.save(plan.folder, step + 1, parts, plan.made, settings.keep_checkpoints)
+            if stop and step + 1 < plan.total:
+                group.wait()  # else torchrun would end the first rank while it writes
+                checkpoint.leave([*stopped, signal.SIGTERM][0], step + 1, plan.total)
 
 
-def _batches(data: ViewSet, settings: PretrainParams, seed: int, steps: range) -> Iterable[Batch]:
-    pinned = _device().type == "cuda"
-    rows = viewset.rows_of(len(data), settings.batch, seed, steps)
-    batches = viewset.loader(data, rows, settings.workers, pinned)
-    bar = {"initial": steps.start, "total": steps.stop, "unit": "step", "desc": settings.method}
-    return tqdm(batches, **bar)
+def _batches(data: ViewSet, plan: Plan, first: int, group: Ranks) -> Iterator[Batch]:
+    """This rank's patches from step number `first` on: a batch for each pass of each step."""
+    settings = plan.settings
+    rows = viewset.rows_of(len(data), settings.batch, plan.seed, range(first, plan.total))
+    shares = (share for step in rows for share in group.share(step, settings.accumulate))
+    pinned = group.device.type == "cuda"
+    return iter(viewset.loader(data, shares, settings.workers, pinned))
 
 
-def _rates(settings: PretrainParams, progress: float) -> dict[str, float]:
-    """Learning rate and weight decay of a step."""
-    peak = settings.learning_rate * settings.batch / REFERENCE_BATCH
-    warmup = settings.warmup_epochs / settings.epochs
-    rate = warmup_cosine(peak, settings.final_learning_rate, warmup, progress)
-    decay = cosine(settings.weight_decay, settings.final_weight_decay, progress)
-    return {"learning_rate": rate, "weight_decay": decay}
+def _bar(method: str, first: int, total: int, group: Ranks) -> tqdm:
+    about = {"initial": first, "total": total, "unit": "step", "desc": method}
+    return tqdm(range(first, total), **about, disable=not group.first)
+
+
+def _autocast(settings: PretrainParams, device: torch.device) -> torch.autocast:
+    dtype = torch.float16 if settings.autocast == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=settings.autocast != "none")
 
 
 def _views(
-    method: Method, batch: Batch, seed: int, epoch: int
+    method: Method,
+    batch: Batch,
+    keys: Int64[Tensor, " batch"],
+    spec: EncoderSpec,
+    device: torch.device,
 ) -> list[Float[Tensor, "batch 3 px px"]]:
-    patches = batch.patches.to(_device(), non_blocking=True).permute(0, 3, 1, 2)
-    keys = keys_of(seed, epoch, batch.rows)
-    policies = method.view_policies
-    return make_views(patches, batch.points, keys, policies, encoders.MEAN, encoders.STD)
+    patches = batch.patches.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return make_views(patches, batch.points, keys, method.view_policies, spec.mean, spec.std)
 
 
-def _check_finite(loss: float, norm: float, step: int, cached: Path) -> None:
-    if not math.isfinite(loss + norm):
-        raise ValueError(
-            f"the loss is {loss} and the norm of its gradient {norm} at step {step}: both must be "
-            "finite; lower pretrain.learning_rate or set pretrain.autocast to none (checkpoints "
-            f"from before are in {cached})"
-        )
-
-
-def _check(data: ViewSet, method: Method, settings: PretrainParams) -> None:
-    if len(data) < settings.batch:
-        raise ValueError(
-            f"params.yaml: pretrain.batch is {settings.batch}: the perturb stage made {len(data)} "
-            "views and a batch must not be larger; lower it or add patches (tile)"
-        )
-    for policy in method.view_policies:
-        if policy.crop_px % settings.token_px:
-            raise ValueError(
-                f"params.yaml: pretrain.{settings.method} asks for views of {policy.crop_px} px: "
-                f"they must be a multiple of pretrain.token_px, {settings.token_px}"
-            )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _spec(data: ViewSet, settings: PretrainParams, top: params.Top) -> EncoderSpec:
-    return EncoderSpec(
-        architecture=settings.backbone,
-        image_px=settings.global_px,
-        token_px=settings.token_px,
-        sparse_topk=top.sparse_topk,
-        irpe=top.irpe,
-        mean=encoders.MEAN,
-        std=encoders.STD,
-        patch_px=data.patch_px,
-        mpp=data.mpp,
-    )
-
-
-def _provenance(
-    data: ViewSet, settings: PretrainParams, of_method: Any, top: params.Top
-) -> dict[str, Any]:
-    """What decides the weights; `run` is the digest of it all."""
-    decisive = {name: value for name, value in asdict(settings).items() if name not in INDIFFERENT}
-    decisive = {**asdict(top), "pretrain": {**decisive, settings.method: asdict(of_method)}}
-    code = fingerprint.code_digest(("stages.pretrain", f"stages.methods.{settings.method}"))
-    key = cache.key_of("pretrain", "", (data.digest,), decisive, code)
-    return {"run": key, "data": data.digest, "code": code, "params": decisive}
-
-
-def _draw_views(
-    path: Path, method: Method, data: ViewSet, settings: PretrainParams, seed: int
-) -> None:
-    first = next(viewset.rows_of(len(data), settings.batch, seed, range(1)))[:SHEET_ROWS]
+def _draw_views(path: Path, method: Method, data: ViewSet, plan: Plan, group: Ranks) -> None:
+    first = next(viewset.rows_of(len(data), plan.settings.batch, plan.seed, range(1)))[:SHEET_ROWS]
     batch = viewset.collate([data[row] for row in first])
-    views = _views(method, batch, seed, 0)
-    sheet.write(path, batch.patches, views, encoders.MEAN, encoders.STD)
+    views = _views(method, batch, keys_of(plan.seed, 0, batch.rows), plan.spec, group.device)
+    sheet.write(path, batch.patches, views, plan.spec.mean, plan.spec.std)
 
 
 def command() -> None:
-    """`python -m stages.pretrain`."""
+    """`python -m stages.pretrain`, or torchrun with `-m stages.pretrain`."""
     settings = params.load(PretrainParams, "pretrain")
     module = plugins.load("methods", settings.method)
     of_method = params.load(module.Params, f"pretrain.{settings.method}")
-    data = Path("data")
-    main(data / "perturb", data / "pretrain", settings, of_method, params.load(params.Top))
+    data, top = Path("data"), params.load(params.Top)
+    with ranks.joined() as group:
+        main(data / "perturb", data / "pretrain", settings, of_method, top, group)
 
 
 if __name__ == "__main__":

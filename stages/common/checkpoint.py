@@ -1,8 +1,17 @@
-"""Checkpoints of a run: whole or absent, the last few kept, and a way to stop at one."""
+"""Checkpoints of a run: whole or absent, the last few kept, and a way to stop at one.
+
+    <folder>/step-000000040.pt   all that the rest of a run depends on, after 40 steps
+    <folder>/finished.pt         what is still wanted of a run that came to its end
+
+`torch.load(file, weights_only=True)` reads both: a map of `step`, `made` (what decides the run) and
+the state of each part. Random numbers have no state to keep: each is a hash of the run's seed, the
+step and what it is for, and so is the order of the patches.
+"""
 
 import io
 import logging
 import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -14,11 +23,13 @@ from typing import Any, Protocol
 import torch
 
 from stages.common import run
+from stages.common.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
-KEPT = 2
+FINISHED = "finished.pt"
 STALE_SECONDS = 3600  # a half-written file of this age has lost its writer
+DAMAGED = (RuntimeError, EOFError, KeyError, pickle.UnpicklingError)  # what torch.load raises
 
 
 class Part(Protocol):
@@ -33,32 +44,118 @@ class Part(Protocol):
         ...
 
 
-def save(folder: Path, step: int, parts: dict[str, Part], kept: int = KEPT) -> None:
-    """Write the state of all parts after `step` steps, then drop all but the newest `kept`."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    with run.atomic(folder / f"step-{step:09d}.pt") as temporary, temporary.open("wb") as opened:
-        written = io.BytesIO()  # torch's writer hides a full disk behind an error of its own
-        torch.save({"step": step, **state}, written)
-        opened.write(written.getbuffer())
-        opened.flush()
-        os.fsync(opened.fileno())  # the name must not reach the disk before the bytes
-    for old in _found(folder)[:-kept]:
+Parts = dict[str, Part]
+
+
+def save(folder: Path, step: int, parts: Parts, made: dict[str, Any], keep: int) -> None:
+    """Write the state of all parts after `step` steps, then drop all but the newest `keep`."""
+    _write(folder / f"step-{step:09d}.pt", step, parts, made)
+    for old in _found(folder)[:-keep]:
         old.unlink(missing_ok=True)
 
 
-def resume(folder: Path, parts: dict[str, Part], device: torch.device) -> int:
-    """Put the newest state into all parts and return its step: 0 if there is none."""
+def finish(folder: Path, step: int, parts: Parts, made: dict[str, Any]) -> None:
+    """Write what outlives the run, then drop its checkpoints."""
+    _write(folder / FINISHED, step, parts, made)
+    for old in _found(folder):
+        old.unlink(missing_ok=True)
+
+
+def _write(path: Path, step: int, parts: Parts, made: dict[str, Any]) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with run.atomic(path) as temporary, temporary.open("wb") as opened:
+        written = io.BytesIO()  # torch's writer hides a full disk behind an error of its own
+        torch.save({"step": step, "made": made, **state}, written)
+        opened.write(written.getbuffer())
+        opened.flush()
+        os.fsync(opened.fileno())  # the name must not reach the disk before the bytes
+
+
+def finished(folder: Path, parts: Parts, made: dict[str, Any]) -> bool:
+    """Whether the run has ended; its end is then put into all parts."""
+    state = _newest([folder / FINISHED], made)
+    for name, part in parts.items() if state else ():
+        part.load_state_dict(state[name])
+    return state is not None
+
+
+def resume(folder: Path, parts: Parts, made: dict[str, Any], ranks: Ranks) -> int:
+    """Put the newest state into all parts and return its step: 0 if there is none.
+
+    A damaged file is passed over for the one before it, with a warning.
+
+    Raises:
+        ValueError: the state is of another run.
+        FileNotFoundError: a machine does not see the file that the first rank found.
+    """
+    state = None
+    if ranks.first:
+        _sweep(folder)
+        state = _newest(_found(folder)[::-1], made)
+    step = ranks.agreed(state["step"] if state else 0)
+    if not step:
+        return 0
+    if state is None:
+        state = _of_first_rank(folder / f"step-{step:09d}.pt")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    logger.info("going on after step %d, from %s", step, folder)
+    return step
+
+
+def _newest(paths: list[Path], made: dict[str, Any]) -> dict[str, Any] | None:
+    """The first of `paths` that is there and whole."""
+    for path in paths:
+        if not path.is_file():
+            continue
+        try:
+            state = _read(path)
+            found = state["made"]
+        except DAMAGED as error:
+            reason = str(error).splitlines()[0]
+            logger.warning("%s is damaged, going back to the one before: %s", path, reason)
+            continue
+        _check(found, made, path)
+        return state
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    # To the CPU: parts move what they take to where they are, and there is memory for both.
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _of_first_rank(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the first process goes on from {path} and this machine has no such file: let "
+            "CYTOSSL_CACHE be a folder that all machines share"
+        )
+    return _read(path)
+
+
+def _check(found: dict[str, Any], made: dict[str, Any], path: Path) -> None:
+    """Refuse what was made by other settings, data or code."""
+    before, now = ({**_flat(values), "run": ""} for values in (found, made))
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if keys:
+        told = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} here" for key in keys)
+        raise ValueError(f"{path} is of another run ({told}): move it out of that folder")
+
+
+def _flat(values: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Nested maps as one, of dotted keys; lists and tuples are alike."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        flat |= _flat(value, f"{place}{key}.") if inner else {f"{place}{key}": value}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flat.items()}
+
+
+def _sweep(folder: Path) -> None:
     for leftover in folder.glob(".*.tmp"):
         if time.time() - leftover.stat().st_mtime > STALE_SECONDS:
             leftover.unlink(missing_ok=True)
-    found = _found(folder)
-    if not found:
-        return 0
-    state = torch.load(found[-1], map_location=device, weights_only=True)
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    logger.info("going on after step %d, from %s", state["step"], found[-1])
-    return state["step"]
 
 
 def _found(folder: Path) -> list[Path]:
@@ -66,14 +163,19 @@ def _found(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM are added to, in place of what they do; a second one does."""
+def interruptible(ranks: Ranks) -> Iterator[list[int]]:
+    """A list that SIGINT and SIGTERM are added to, in place of what they do; a second one does.
+
+    With several ranks a second one is noted too: batch systems signal torchrun and its processes,
+    and torchrun passes its own on. It kills those that take longer than half a minute.
+    """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _: FrameType | None) -> None:
         received.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        if ranks.count == 1:
+            signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, note)

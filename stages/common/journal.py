@@ -1,39 +1,60 @@
 """The curves of a run: rows of numbers that checkpoints keep and DVCLive shows."""
 
+import math
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from dvclive import Live
 
-SPEED = "images_per_second"
+T = TypeVar("T")
+
+# What was measured of this machine: no two runs agree in it.
+MEASURED = ("images_per_second", "data_wait_share", "gpu_memory_gb")
 
 
 class Journal:
     """A row every so many steps; after a resume the folder shows the rows before it as well.
 
     Args:
-        folder: For DVCLive, which empties it.
+        folder: For DVCLive, which empties it; None: rows are kept and not shown.
         every: Steps between two rows.
         last: Number of the last step, which has a row in any case.
     """
 
-    def __init__(self, folder: Path, every: int, last: int) -> None:
-        self.live = Live(dir=str(folder), dvcyaml=None, save_dvc_exp=False)
+    def __init__(self, folder: Path | None, every: int, last: int) -> None:
+        self.live = folder and Live(dir=str(folder), dvcyaml=None, save_dvc_exp=False)
         self.every, self.last = every, last
         self.rows: list[dict[str, float]] = []
         self.losses: list[float] = []  # since the last row
-        self.patches, self.since = 0, time.perf_counter()
+        self.norms: list[float] = []
+        self._restart()
 
     def __enter__(self) -> "Journal":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.live.end()
+        if self.live:
+            self.live.end()
 
-    def note(self, loss: float, patches: int) -> None:
-        """One more step was taken."""
+    def waiting(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; how long each was waited for counts as waiting for data."""
+        iterator = iter(items)
+        while True:
+            before = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - before
+            yield item
+
+    def note(self, loss: float, norm: float, patches: int) -> None:
+        """One more step: its loss and its gradient's norm, which is not finite if it overflowed."""
         self.losses.append(loss)
+        self.norms.append(norm)
         self.patches += patches
 
     def due(self, step: int) -> bool:
@@ -41,19 +62,37 @@ class Journal:
         return step % self.every == 0 or step == self.last
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Add the row of step number `step`: mean loss and speed since the last row, `numbers`."""
-        now = time.perf_counter()
+        """Add the row of step number `step`: `numbers`, and means since the last row."""
+        finite = [norm for norm in self.norms if math.isfinite(norm)]
         row = {
             "step": step,
             "loss": sum(self.losses) / len(self.losses),
+            "gradient_norm": sum(finite) / max(len(finite), 1),
+            "skipped_steps": len(self.norms) - len(finite),
             **numbers,
-            SPEED: self.patches / (now - self.since),
+            **self._measured(),
         }
         self.rows.append(row)
-        self.losses, self.patches, self.since = [], 0, now
+        self.losses, self.norms = [], []
+        self._restart()
         self._show(row)
 
+    def _measured(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self.since
+        row = {
+            "images_per_second": self.patches / seconds,
+            "data_wait_share": self.waited / seconds,
+        }
+        if torch.cuda.is_available():
+            row["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return row
+
+    def _restart(self) -> None:
+        self.patches, self.waited, self.since = 0, 0.0, time.perf_counter()
+
     def _show(self, row: dict[str, float]) -> None:
+        if not self.live:
+            return
         self.live.step = row["step"]
         for name, value in row.items():
             if name != "step":
@@ -62,18 +101,19 @@ class Journal:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"rows": self.rows, "losses": self.losses}
+        return {"rows": self.rows, "losses": self.losses, "norms": self.norms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a state: nothing is missing from the curves, nothing is there twice."""
-        self.rows, self.losses = state["rows"], state["losses"]
+        self.rows, self.losses, self.norms = state["rows"], state["losses"], state["norms"]
         for row in self.rows:
             self._show(row)
-        self.patches, self.since = 0, time.perf_counter()
+        self._restart()
 
     def summary(self, steps: int) -> dict[str, float]:
-        """The last row, with the mean loss of the rows of the last `steps` steps, without speed."""
+        """The last row but for what was measured; its loss is the mean over the last `steps`."""
         first = self.last - steps
         losses = [row["loss"] for row in self.rows if row["step"] > first]
-        row = {name: value for name, value in self.rows[-1].items() if name not in ("step", SPEED)}
+        left_out = ("step", *MEASURED)
+        row = {name: value for name, value in self.rows[-1].items() if name not in left_out}
         return {**row, "loss": sum(losses) / len(losses)}
