@@ -1,0 +1,36 @@
+"""One annotated nucleus, as every reader of annotations gives it, and the numbers it is made of."""
+
+import math
+from typing import NamedTuple
+
+IMAGES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+
+Extent = tuple[int, int] | None  # width and height that the annotations were made for
+
+
+class Mark(NamedTuple):
+    """One nucleus, or with no point the word that an image was looked at."""
+
+    image: str
+    point: tuple[float, float] | None = None
+    kind: str | None = None  # its class
+    extent_px: Extent = None
+
+
+def number(text: object, where: str) -> float:
+    """A finite number, or an error that tells where and what was found instead."""
+    try:
+        value = float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if isinstance(text, bool) or not math.isfinite(value):
+        raise ValueError(f"{where} is {str(text)[:50]!r}: it must be a number, in pixels")
+    return value
+
+
+def middle(box: list[float], where: str) -> tuple[float, float]:
+    """The centre of a box (x0, y0, x1, y1)."""
+    x0, y0, x1, y1 = box
+    if x1 < x0 or y1 < y0:
+        raise ValueError(f"{where} ends before it begins: {box} must be x0, y0, x1, y1")
+    return (x0 + x1) / 2, (y0 + y1) / 2
