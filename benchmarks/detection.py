@@ -1,25 +1,32 @@
 """How well and how fast the detectors find annotated nuclei: `python -m benchmarks.detection`.
 
-Real images are looked for beside the repository, in ../shared/data; sets that are absent are left
-out. None of them states its mpp. Those below are estimates: lbc_nuclei from nuclei of intermediate
-cells (radius 4.4 px for 3.5 um), the blood films from red cells (7.5 um wide). Of lbc_nuclei the
-files at even places of the sorted list, of bccd every sixth, served to choose the params of
-hematoxylin; figures are to be read off the others. What chula_rbc12 shows are red cells, which
-have no nuclei: the count per field is of what should not be there (and of the few white cells).
+Every detector that can run, on every set: `--detector NAME` and `--set NAME` run one, `--images N`
+the first N of each set. Real images are looked for beside the repository, in ../shared/data; sets
+that are absent are left out. None of them states its mpp. Those below are estimates: lbc_nuclei
+from nuclei of intermediate cells (radius 4.4 px for 3.5 um), the blood films from red cells (7.5 um
+wide). Of lbc_nuclei the files at even places of the sorted list, of bccd every sixth, served to
+choose the params of hematoxylin; the other detectors were chosen on none. What chula_rbc12 shows
+are red cells, which have no nuclei: what counts is the false alarms, few white cells among them.
 """
 
+import argparse
 import logging
+import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
-import pandas as pd
 
-from stages.common import params, run
-from stages.detectors import Detector, _score, cellpose, hematoxylin
+from stages.common import annotations, params, plugins, run
+from stages.common.slides import Slide
+from stages.detectors import Detector, _score, _windows
 from stages.sources import synthetic
 
 logger = logging.getLogger(__name__)
@@ -28,38 +35,49 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LBC_MPP, BCCD_MPP, CHULA_MPP = 0.8, 0.072, 0.2
 LBC_RADIUS_PX, BCCD_RADIUS_PX = 8.0, 80.0  # a match is within it; 80 px are 40 % of a white cell
 SYNTHETIC_MPP, SYNTHETIC_PX, SYNTHETIC_RADIUS_UM = 0.5, 128, 4.0
-SPEED_PX = 512
+SPEED_PX, SPEED_S = 512, 8.0
+WEIGHTS = {  # where params.yaml names no file
+    "instanseg": SHARED / "weights" / "instanseg_brightfield_nuclei" / "instanseg.pt",
+    "cellpose": SHARED / "weights" / "cellpose_cyto_scellseg_torch",
+}
 
 Field = tuple[np.ndarray, np.ndarray]  # uint8 RGB, and the (x, y) of its nuclei
+
+
+@dataclass(frozen=True)
+class Set:
+    """Annotated fields of one scale."""
+
+    mpp: float
+    radius_px: float  # of a match
+    fields: Callable[[], Iterator[Field]]
 
 
 def lbc_nuclei(shared: Path, begin: int, step: int = 2) -> Iterator[Field]:
     """Fields of cervical cells; the letterbox around the picture is cut away."""
     folder = shared / "lbc_nuclei_jks43"
-    nuclei = pd.read_csv(folder / "objects.csv")
-    for file in sorted(folder.glob("images/*"))[begin::step]:
-        image = _read(file)
+    for one in annotations.read(folder / "objects.csv", folder).images[begin::step]:
+        image = _read(one.path)
         inner = (image.min(2) < 250) & (image.max(2) > 6)
         rows, columns = (np.flatnonzero(inner.mean(axis) > 0.02) for axis in (1, 0))
         top, left = rows[0] + 3, columns[0] + 3  # a thin frame belongs to the box
-        points = nuclei.loc[nuclei.path == f"images/{file.name}", ["x", "y"]].to_numpy(float)
         inside = image[top : rows[-1] - 2, left : columns[-1] - 2]
-        yield np.ascontiguousarray(inside), points + 0.5 - [left, top]
+        # The table counts from the centre of the first pixel.
+        yield np.ascontiguousarray(inside), one.points + 0.5 - [left, top]
 
 
 def bccd(shared: Path, begin: int, step: int = 6) -> Iterator[Field]:
     """Blood fields and the centres of their white cells."""
-    cells = pd.read_csv(shared / "bccd" / "objects.csv")
-    cells = cells[cells.cls == "WBC"]
-    for file in sorted((shared / "bccd").glob("images/*"))[begin::step]:
-        points = cells.loc[cells.path == f"images/{file.name}", ["x", "y"]].to_numpy(float)
-        yield _read(file), points
+    folder = shared / "bccd"
+    for one in annotations.read(folder / "objects.csv", folder, ["WBC"]).images[begin::step]:
+        yield _read(one.path), one.points
 
 
 def chula(shared: Path) -> Iterator[Field]:
-    """Fields of red cells."""
-    for file in sorted((shared / "chula_rbc12").glob("images/*")):
-        yield _read(file), np.empty((0, 2))
+    """Fields of red cells: nothing is to be found."""
+    folder = shared / "chula_rbc12"
+    for one in annotations.read(folder / "objects.csv", folder).images:
+        yield _read(one.path), one.points[:0]
 
 
 def drawn(settings: synthetic.Params, slides: int, seed: int = 7) -> Iterator[Field]:
@@ -81,7 +99,8 @@ def drawn(settings: synthetic.Params, slides: int, seed: int = 7) -> Iterator[Fi
 
 
 def _read(file: Path) -> np.ndarray:
-    return cv2.cvtColor(cv2.imread(str(file)), cv2.COLOR_BGR2RGB)
+    slide = Slide(file, 1.0)
+    return slide.read(0, 0, slide.width_px, slide.height_px, 1.0)
 
 
 def score(
@@ -89,9 +108,17 @@ def score(
 ) -> list[_score.Counts]:
     """The outcome of each field."""
     return [
-        _score.match(detector(image[None], mpp)[0].centroid_px.astype(float), points, radius_px)
+        _score.match(_centroids(detector, image, mpp), points, radius_px)
         for image, points in fields
     ]
+
+
+def _centroids(detector: Detector, image: np.ndarray, mpp: float) -> np.ndarray:
+    def part(x0: int, y0: int, width: int, height: int) -> np.ndarray:
+        return image[y0 : y0 + height, x0 : x0 + width]
+
+    height, width = image.shape[:2]
+    return _windows.detect(part, width, height, mpp, detector).centroid_px.astype(float)
 
 
 def macro_f1(counts: list[_score.Counts]) -> float:
@@ -99,65 +126,115 @@ def macro_f1(counts: list[_score.Counts]) -> float:
     return float(np.mean([one.f1 for one in counts]))
 
 
-def speed(detector: Detector, image: np.ndarray, mpp: float) -> float:
-    """Patches of 512 px per second; the patches are cut from `image`, whatever its scale."""
-    steps = [range(0, side - SPEED_PX + 1, SPEED_PX) for side in image.shape[:2]]
-    cuts = [(top, left) for top in steps[0] for left in steps[1]]
-    patches = np.stack([image[top : top + SPEED_PX, left : left + SPEED_PX] for top, left in cuts])
-    detector(patches[:1], mpp)
-    begun = time.perf_counter()
-    detector(patches, mpp)
-    return len(patches) / (time.perf_counter() - begun)
-
-
-def _report(name: str, counts: list[_score.Counts]) -> None:
-    total = sum(counts, _score.Counts(0, 0, 0))
-    logger.info(
-        "%-28s %4d fields  P %.3f  R %.3f  F1 %.3f  macro F1 %.3f",
-        name,
-        len(counts),
-        total.precision,
-        total.recall,
-        total.f1,
-        macro_f1(counts),
-    )
-
-
-def _sets(detector: Detector, lbc_fields: int | None) -> None:
+def sets() -> dict[str, Set]:
+    """Every set at hand; those that chose params of hematoxylin apart from the others."""
     settings = params.load(synthetic.Params, "cohort.synthetic")
     radius_px = SYNTHETIC_RADIUS_UM / SYNTHETIC_MPP
-    if lbc_fields is None:
-        _report("synthetic", score(detector, drawn(settings, 3), SYNTHETIC_MPP, radius_px))
+    found = {"drawn": Set(SYNTHETIC_MPP, radius_px, lambda: drawn(settings, 3))}
     if (SHARED / "lbc_nuclei_jks43").is_dir():
-        for begin, name in ((0, "lbc_nuclei, tuned on"), (1, "lbc_nuclei, held out")):
-            fields = list(lbc_nuclei(SHARED, begin))[:lbc_fields]
-            _report(name, score(detector, fields, LBC_MPP, LBC_RADIUS_PX))
-    if lbc_fields is None and (SHARED / "bccd").is_dir():
-        _report("bccd, tuned on", score(detector, bccd(SHARED, 0), BCCD_MPP, BCCD_RADIUS_PX))
-        held_out = (field for begin in range(1, 6) for field in bccd(SHARED, begin))
-        _report("bccd, held out", score(detector, held_out, BCCD_MPP, BCCD_RADIUS_PX))
-    if lbc_fields is None and (SHARED / "chula_rbc12").is_dir():
-        found = [one.found for one in score(detector, chula(SHARED), CHULA_MPP, 1.0)]
-        logger.info("chula_rbc12: found per field, mean %.2f, most %d", np.mean(found), max(found))
+        for begin, name in ((0, "lbc_nuclei-tuned"), (1, "lbc_nuclei-held-out")):
+            found[name] = Set(LBC_MPP, LBC_RADIUS_PX, lambda begin=begin: lbc_nuclei(SHARED, begin))
+    if (SHARED / "bccd").is_dir():
+        found["bccd-tuned"] = Set(BCCD_MPP, BCCD_RADIUS_PX, lambda: bccd(SHARED, 0))
+        found["bccd-held-out"] = Set(
+            BCCD_MPP,
+            BCCD_RADIUS_PX,
+            lambda: (field for begin in range(1, 6) for field in bccd(SHARED, begin)),
+        )
+    if (SHARED / "chula_rbc12").is_dir():
+        found["chula_rbc12-no-nuclei"] = Set(CHULA_MPP, 1.0, lambda: chula(SHARED))
+    return found
 
 
-def main() -> None:
-    """Score and time every detector that can run."""
+def build(name: str) -> Detector:
+    """The detector of this name, its weights from params.yaml or from beside the repository."""
+    plugin = plugins.load("detectors", name)
+    own: Any = params.load(plugin.Params, f"detect.{name}")
+    if name in WEIGHTS and not Path(own.weights).is_file() and WEIGHTS[name].is_file():
+        own = replace(own, weights=str(WEIGHTS[name]))
+    return plugin.build(own)
+
+
+def patches_per_second(name: str, mpp: float) -> float:
+    """Patches of 512 px of a drawn slide per second, one process."""
     cv2.setNumThreads(1)
     settings = params.load(synthetic.Params, "cohort.synthetic")
     image, _ = synthetic.draw(True, np.random.default_rng(7), settings)
-    classical = hematoxylin.build(params.load(hematoxylin.Params, "detect.hematoxylin"))
-    logger.info("%s", classical.version)
+    starts = [range(0, side - SPEED_PX + 1, SPEED_PX) for side in image.shape[:2]]
+    patches = [
+        image[top : top + SPEED_PX, left : left + SPEED_PX]
+        for top in starts[0]
+        for left in starts[1]
+    ]
+    detector = build(name)
+    detector(patches[0][None], mpp)
+    done, begun = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < SPEED_S:
+        at = done % (len(patches) - 1)
+        detector(np.stack(patches[at : at + 2]), mpp)
+        done += 2
+    return done / spent
+
+
+def _speed(name: str, device: str) -> None:
+    """As the stage runs: a process a core with one thread each, or one for the one device."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    count = len(os.sched_getaffinity(0)) if device == "cpu" else 1
     for mpp in (0.25, 0.5):
-        logger.info("%.0f patches/s at %g mpp, one core", speed(classical, image, mpp), mpp)
-    _sets(classical, None)
-    own = params.load(cellpose.Params, "detect.cellpose")
-    if Path(own.weights).is_file():
-        network = cellpose.build(own)
-        logger.info("%s, %s", network.version, asdict(own))
-        _sets(network, 3)
-    else:
-        logger.info("cellpose is left out: detect.cellpose.weights is no file (%s)", own.weights)
+        with ProcessPoolExecutor(count, get_context("spawn")) as pool:
+            rates = list(pool.map(patches_per_second, [name] * count, [mpp] * count))
+        row = "%s: %.1f patches/s of %d px at %g mpp, %s, %d processes of one thread"
+        logger.info(row, name, sum(rates), SPEED_PX, mpp, device, count)
+
+
+def _row(detector: str, name: str, counts: list[_score.Counts], area_mm2: list[float]) -> None:
+    summary = _score.summarise(counts, area_mm2, seed=7)
+    total = sum(counts, _score.Counts(0, 0, 0))
+    ranged = "{value:.3f} ({low:.3f}-{high:.3f})".format
+    logger.info(
+        "| %s | %s | %d | %d | %.3f | %.3f | %s | %s | %.1f |",
+        detector,
+        name,
+        len(counts),
+        total.annotated,
+        total.precision,
+        total.recall,
+        ranged(**summary["pooled"]["f1"]),
+        ranged(**summary["macro"]["f1"]),
+        summary["pooled"]["false_per_mm2"]["value"],
+    )
+
+
+def _score_sets(name: str, detector: Detector, chosen: dict[str, Set], limit: int | None) -> None:
+    for title, one in chosen.items():
+        fields = list(islice(one.fields(), limit))
+        area_mm2 = [image.shape[0] * image.shape[1] * one.mpp**2 / 1e6 for image, _ in fields]
+        _row(name, title, score(detector, iter(fields), one.mpp, one.radius_px), area_mm2)
+
+
+def main() -> None:
+    """Score and time what was asked for."""
+    cv2.setNumThreads(1)
+    known = sets()
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.detection")
+    parser.add_argument("--detector", choices=plugins.names("detectors"), help="default: every one")
+    parser.add_argument("--set", choices=sorted(known), help="default: every one, and the speed")
+    parser.add_argument("--images", type=int, metavar="N", help="the first N of each set")
+    asked = parser.parse_args()
+    chosen = {asked.set: known[asked.set]} if asked.set else known
+    logger.info("| detector | set | images | nuclei | P | R | F1 | macro F1 | false/mm2 |")
+    for name in [asked.detector] if asked.detector else plugins.names("detectors"):
+        try:
+            detector = build(name)
+        except (ImportError, FileNotFoundError, ValueError) as error:
+            logger.info("%s is left out: %s", name, error)
+            continue
+        logger.info("%s: %s", name, detector.version)
+        _score_sets(
+            name, detector, {asked.set: known[asked.set]} if asked.set else known, asked.images
+        )
+        if not asked.set:
+            _speed(name, detector.device)
 
 
 if __name__ == "__main__":
