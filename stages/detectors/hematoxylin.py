@@ -4,7 +4,8 @@ Optical density turns light into something that adds up: what the background, a 
 cytoplasm contribute is taken away by a top-hat, what remains above threshold is cut at the
 watershed of its distance transform, and shape, contrast and colour decide what is a nucleus.
 Papanicolaou, Giemsa and haematoxylin make nuclei absorb red and green alike; eosin and haemoglobin
-leave red through, so that the lesser of both densities shows nuclei and little else.
+leave red through, so that the lesser of both densities shows nuclei and little else. What decides
+is relative to the patch's own threshold, so that pale stains and haze change little.
 """
 
 import math
@@ -14,30 +15,31 @@ from typing import Literal
 import cv2
 import numpy as np
 import skimage
-from jaxtyping import Bool, Float32, Float64, Int32, UInt8
+from jaxtyping import Bool, Float32, Float64, UInt8
 from skimage.color import hed_from_rgb
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
 from stages.detectors import Detection
 from stages.detectors._patches import check
+from stages.detectors._regions import Colour, Labels, Regions, disk, measure, outlines
 
-VERSION = 1  # raise it when the same input gives other nuclei
+VERSION = 2  # raise it when the same input gives other nuclei
 WORK_MPP = 0.5  # finer patches are shrunk to this: nuclei are 7 px wide and more there
 DARKEST = 2  # gray values below it are noise, their density is not told apart
 BLUR_UM = 0.4  # sigma, before anything else
 OPEN_SHARE = 0.4  # of the smallest radius: thinner bridges and hairs are cut
+LEAST_DENSITY = 0.05  # Otsu's histogram begins here: below is glass and noise
 DENSITY_STEP = 0.005  # width of the bins of Otsu's histogram, up to density 1.275
 HALF = 0.5  # a nucleus ends where its density falls to this share of the highest within REACH_UM
 REACH_UM = 4.0
-GAP_UM, RING_UM = 0.75, 1.5  # the surround begins so far outside, and is so wide
-RING_SHARE = 0.5  # of min_contrast: least density above the surround, in red and in green
 LEAST_ROUND = 0.35  # short over long axis of the ellipse with the same moments
 LEAST_FULL = 0.65  # area over that ellipse's
+LEAST_QUALITY = 0.55  # see _quality; a sharp round nucleus has 1 and more
+IN_CELL, IN_CELL_SHARE = 0.1, 0.85  # a surround so dense is a cell, not glass: red cells lie on
+# glass, and so min_blueness is lowered to that share for what lies in a cell
 
-Colour = Float32[np.ndarray, "height width 3"]
 Image = Float32[np.ndarray, "height width"]
-Labels = Int32[np.ndarray, "height width"]
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,6 @@ class Params:
                 f"detect.hematoxylin.max_radius_um is {self.max_radius_um}: it must be above "
                 f"min_radius_um ({self.min_radius_um})"
             )
-
-
-@dataclass(frozen=True)
-class _Regions:
-    """Measures of the regions of one patch, a row a region."""
-
-    centre: Float64[np.ndarray, "region 2"]  # (x, y), working pixels, continuous
-    radius_um: Float64[np.ndarray, " region"]
-    axes: Float64[np.ndarray, "region 2"]  # long and short half axis, working pixels
-    fullness: Float64[np.ndarray, " region"]  # area over that of the ellipse of those axes
-    contrast: Float64[np.ndarray, " region"]  # mean height in the top-hat
-    above_ring: Float64[np.ndarray, "region 3"]  # density above the surround: red, green, blue
 
 
 class _Hematoxylin:
@@ -111,15 +101,16 @@ def _detect(patch: UInt8[np.ndarray, "height width 3"], mpp: float, params: Para
     um = mpp * math.sqrt(scale[0] * scale[1])  # microns per working pixel
     density = _density(cv2.resize(patch, size, interpolation=cv2.INTER_AREA), um)
     spots = _top_hat(_stain(density, params.channel), 1.1 * params.max_radius_um / um)
-    threshold = max(params.min_contrast, params.strictness * _otsu(spots, params.min_contrast / 2))
+    threshold = max(params.min_contrast, params.strictness * _otsu(spots))
     labels, count = _split(_segment(spots, threshold, um, params), um, params)
-    found = _measure(labels, count, density, spots, um)
-    kept = _is_nucleus(found, params)
-    contrast = found.contrast[kept]
+    found = measure(labels, count, density, um)
+    quality = _quality(found, threshold)
+    kept = _is_nucleus(found, quality, params)
     return Detection(
         (found.centre[kept] * scale).astype(np.float32),
         found.radius_um[kept].astype(np.float32),
-        (contrast / (contrast + threshold)).astype(np.float32),
+        (quality[kept] / (quality[kept] + 1)).astype(np.float32),
+        outlines(labels, kept, scale),
     )
 
 
@@ -139,11 +130,6 @@ def _stain(density: Colour, channel: str) -> Image:
     return cv2.min(density[..., 0], density[..., 1])
 
 
-def _disk(radius_px: float) -> UInt8[np.ndarray, "side side"]:
-    side = 2 * max(1, round(radius_px)) + 1
-    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
-
-
 def _top_hat(stain: Image, radius_px: float) -> Image:
     """What rises above the opening by a disk wider than any nucleus.
 
@@ -153,7 +139,7 @@ def _top_hat(stain: Image, radius_px: float) -> Image:
     shrink = max(1, int(radius_px // 5))
     small = (max(1, width // shrink), max(1, height // shrink))
     coarse = cv2.resize(stain, small, interpolation=cv2.INTER_AREA)
-    kernel = _disk(radius_px / shrink)
+    kernel = disk(radius_px / shrink)
     # By name: opening reads a constant border otherwise, and nuclei at the rim lose their height.
     opened = cv2.dilate(_erode(coarse, kernel), kernel, borderType=cv2.BORDER_REPLICATE)
     return np.maximum(stain - cv2.resize(opened, (width, height)), 0)
@@ -163,12 +149,12 @@ def _erode(image: Image, kernel: UInt8[np.ndarray, "side side"]) -> Image:
     return cv2.erode(image, kernel, borderType=cv2.BORDER_REPLICATE)
 
 
-def _otsu(spots: Image, floor: float) -> float:
-    """Otsu's threshold of what lies above `floor`; the floor where nothing does."""
+def _otsu(spots: Image) -> float:
+    """Otsu's threshold of what lies above LEAST_DENSITY; that itself where nothing does."""
     levels = np.minimum(spots / DENSITY_STEP, 255).astype(np.uint8)
-    above = levels[levels > floor / DENSITY_STEP]
+    above = levels[levels > LEAST_DENSITY / DENSITY_STEP]
     if not above.size:
-        return floor
+        return LEAST_DENSITY
     return DENSITY_STEP * cv2.threshold(above, 0, 255, cv2.THRESH_OTSU)[0]
 
 
@@ -177,9 +163,9 @@ def _segment(
 ) -> UInt8[np.ndarray, "height width"]:
     """Where nuclei may be: above the threshold, and above half of the height nearby."""
     smooth = cv2.GaussianBlur(spots, (0, 0), 0.6 / um)
-    nearby = HALF * cv2.dilate(smooth, _disk(REACH_UM / um))
+    nearby = HALF * cv2.dilate(smooth, disk(REACH_UM / um))
     dense = (spots > np.maximum(nearby, threshold)).astype(np.uint8)
-    return cv2.morphologyEx(dense, cv2.MORPH_OPEN, _disk(OPEN_SHARE * params.min_radius_um / um))
+    return cv2.morphologyEx(dense, cv2.MORPH_OPEN, disk(OPEN_SHARE * params.min_radius_um / um))
 
 
 def _split(
@@ -200,53 +186,26 @@ def _split(
     return watershed(-distance, markers, mask=mask > 0), len(peaks)
 
 
-def _measure(labels: Labels, count: int, density: Colour, spots: Image, um: float) -> _Regions:
-    y, x = np.nonzero(labels)
-    region = labels[y, x]
-    area = np.maximum(np.bincount(region, minlength=count + 1)[1:], 1)
+def _quality(found: Regions, threshold: float) -> Float64[np.ndarray, " region"]:
+    """How dark, blue, round and full: density above the surround, over the threshold of the patch.
 
-    def mean(values: np.ndarray) -> np.ndarray:
-        return np.bincount(region, values, minlength=count + 1)[1:] / area
-
-    centre = np.stack([mean(x), mean(y)], axis=1)
-    away_x, away_y = x - centre[region - 1, 0], y - centre[region - 1, 1]
-    # A pixel is a square, not a point: it adds 1/12 to the second moments.
-    xx, yy, xy = mean(away_x**2) + 1 / 12, mean(away_y**2) + 1 / 12, mean(away_x * away_y)
-    half_gap = np.hypot((xx - yy) / 2, xy)
-    variance = np.stack([(xx + yy) / 2 + half_gap, (xx + yy) / 2 - half_gap], axis=1)
-    axes = 2 * np.sqrt(np.maximum(variance, 1 / 12))
-    inside = np.stack([mean(density[y, x, channel]) for channel in range(3)], axis=1)
-    return _Regions(
-        centre=centre + 0.5,
-        radius_um=np.sqrt(area / np.pi) * um,
-        axes=axes,
-        fullness=area / (np.pi * axes.prod(axis=1)),
-        contrast=mean(spots[y, x]),
-        above_ring=inside - _surround(labels, count, density, um),
-    )
+    What red and green have beyond blue counts twice: pale violet nuclei of Giemsa stains are known
+    by their colour. Folds, edges of cells and dirt are dark, but neither round nor full.
+    """
+    lesser, blue = found.above_ring[:, :2].min(axis=1), found.above_ring[:, 2]
+    dark = (lesser + np.clip(lesser - blue, 0, threshold)) / threshold
+    return np.maximum(dark, 0) * found.fullness * found.axes[:, 1] / found.axes[:, 0]
 
 
-def _surround(
-    labels: Labels, count: int, density: Colour, um: float
-) -> Float64[np.ndarray, "region 3"]:
-    """Mean density in a ring around each region, its neighbours left out."""
-    shape = labels.astype(np.float32)  # dilate knows no int32; exact up to 2**24 regions
-    taken = cv2.dilate(shape, _disk(GAP_UM / um))
-    wide = cv2.dilate(shape, _disk((GAP_UM + RING_UM) / um))
-    y, x = np.nonzero((taken == 0) & (wide > 0))
-    region = wide[y, x].astype(np.int64)
-    area = np.maximum(np.bincount(region, minlength=count + 1)[1:], 1)
-    sums = [np.bincount(region, density[y, x, c], minlength=count + 1)[1:] for c in range(3)]
-    return np.stack(sums, axis=1) / area[:, None]
-
-
-def _is_nucleus(found: _Regions, params: Params) -> Bool[np.ndarray, " region"]:
-    red, green, blue = found.above_ring.T
+def _is_nucleus(
+    found: Regions, quality: Float64[np.ndarray, " region"], params: Params
+) -> Bool[np.ndarray, " region"]:
+    blueness = params.min_blueness * np.where(found.ring > IN_CELL, IN_CELL_SHARE, 1.0)
     return (
         (found.radius_um >= params.min_radius_um)
         & (found.radius_um <= params.max_radius_um)
         & (found.axes[:, 1] >= LEAST_ROUND * found.axes[:, 0])
         & (found.fullness >= LEAST_FULL)
-        & (np.minimum(red, green) >= RING_SHARE * params.min_contrast)
-        & (red >= params.min_blueness * blue)
+        & (quality >= LEAST_QUALITY)
+        & (found.above_ring[:, 0] >= blueness * found.above_ring[:, 2])
     )
