@@ -230,9 +230,7 @@ def main() -> None:
             logger.info("%s is left out: %s", name, error)
             continue
         logger.info("%s: %s", name, detector.version)
-        _score_sets(
-            name, detector, {asked.set: known[asked.set]} if asked.set else known, asked.images
-        )
+        _score_sets(name, detector, chosen, asked.images)
         if not asked.set:
             _speed(name, detector.device)
 
