@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from stages.common import (
     backbones,
+    card,
     checkpoint,
     encoders,
     optimizer,
@@ -85,7 +86,10 @@ def main(
     if group.first:
         encoders.save(target / "pretrained", method.encoder, spec, {**made, "steps": plan.total})
         counts = {"epochs": settings.epochs, "steps": plan.total, "views": len(data)}
-        run.write_metrics(target / "metrics.json", {**counts, **journal.summary(plan.per_epoch)})
+        summary = journal.summary(plan.per_epoch)
+        run.write_metrics(target / "metrics.json", {**counts, **summary})
+        counted = {"slides": len(data.stores), "patches": len(data)}
+        card.write(target / "pretrained", counted, summary)
 
 
 def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: Ranks) -> Method:

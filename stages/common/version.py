@@ -1,5 +1,6 @@
 """Which version of this code is at work."""
 
+import functools
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -8,6 +9,7 @@ HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 
 
+@functools.cache
 def of_code() -> str:
     """The git commit, and whether the code differs from it; the package's version without git."""
     inside = _git("ls-files", "--error-unmatch", HERE.relative_to(ROOT).as_posix())
