@@ -152,3 +152,74 @@ def test_prepare_shrinks_without_aliasing():
     plain = changed(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     inner = encoders.prepare(pixels, plain)[..., 2:-2, 2:-2]
     torch.testing.assert_close(inner, torch.full_like(inner, 0.5), rtol=0, atol=1e-3)
+
+
+def test_descriptions_of_before_adapters_load(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {})
+    path = tmp_path / encoders.DESCRIPTION
+    described = json.loads(path.read_text())
+    del described["spec"]["lora"]
+    kept = {name: described[name] for name in ("spec", "provenance", "weights")}
+    path.write_text(json.dumps(kept))
+    loaded, spec = encoders.load(tmp_path)
+    assert spec == SPEC
+    assert torch.equal(loaded.norm.bias, model.norm.bias)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "encoder.json is not JSON: "),
+        ("[" * 100_000, "encoder.json is not JSON: "),
+        ("[]", "encoder.json holds no map"),
+        (" " * 2**20 + "{}", "has more than 1048576 bytes"),
+        ("{}", "encoder.json has no spec"),
+    ],
+)
+def test_rejects_what_is_no_description(model, tmp_path, text, message):
+    encoders.save(tmp_path, model, SPEC, {})
+    (tmp_path / encoders.DESCRIPTION).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        encoders.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"architecture": "hf_hub:somebody/something"}, "no vision transformer or ResNet of timm"),
+        ({"architecture": "local-dir:/tmp/there"}, "no vision transformer or ResNet of timm"),
+        ({"image_px": 10**12}, "image_px is 1000000000000: it must be from 1 to 16384"),
+        ({"token_px": -8}, "token_px is -8: it must be 1 or more, or 0 for a ResNet"),
+        ({"irpe": "q"}, "irpe is q: it must be one of none, k, qk, qkv"),
+        ({"std": [0.1, 0.0, 0.1]}, r"std is \(0.1, 0.0, 0.1\): it must be above 0"),
+        ({"mpp": 0}, "mpp is 0.0: it must be above 0"),
+        ({"sparse_topk": "3"}, r"spec.sparse_topk is '3' \(str\): it must be int"),
+        ({"depth": 100}, "spec.depth is unknown"),
+    ],
+)
+def test_rejects_a_description_of_what_no_encoder_is(model, tmp_path, values, message):
+    encoders.save(tmp_path, model, SPEC, {})
+    edit_spec(tmp_path, **values)
+    with pytest.raises(ValueError, match=message):
+        encoders.load(tmp_path)
+
+
+def test_says_when_arguments_and_spec_differ(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {})
+    path = tmp_path / encoders.DESCRIPTION
+    path.write_text(
+        path.read_text().replace('"model_name": "test_vit"', '"model_name": "test_vit2"')
+    )
+    with pytest.raises(ValueError, match="timm is not what spec says"):
+        encoders.load(tmp_path)
+
+
+def test_a_large_description_takes_no_memory_that_the_file_does_not_fill(model, tmp_path):
+    encoders.save(tmp_path, model, SPEC, {})
+    path = tmp_path / encoders.DESCRIPTION
+    described = json.loads(path.read_text())
+    described["spec"].update(architecture="vit_giant_patch14_dinov2", image_px=16000)
+    del described["timm"]
+    path.write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="tensors .* missing"):
+        encoders.load(tmp_path)
