@@ -51,7 +51,18 @@ def has_tokens(architecture: str) -> bool:
             f"{architecture!r} is no vision transformer or ResNet of timm: take for example "
             f"{', '.join(near)}, or {GIGAPATH}"
         )
+    if name != architecture:
+        _check_tag(architecture, name)
     return name not in resnets
+
+
+def _check_tag(architecture: str, name: str) -> None:
+    tagged = timm.list_models(f"{name}.*", pretrained=True)
+    if architecture not in tagged:
+        raise ValueError(
+            f"timm has no weights called {architecture}: take {name}, which has a default, or one "
+            f"of {', '.join(tagged) or 'none'}"
+        )
 
 
 def arguments(spec: EncoderSpec) -> dict[str, Any]:

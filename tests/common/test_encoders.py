@@ -132,6 +132,8 @@ def test_says_what_to_run_where_there_is_no_encoder(model, tmp_path):
 def test_rejects_an_architecture_that_timm_lacks():
     with pytest.raises(ValueError, match="vit_tinny.* or ResNet of timm: .* vit_tiny_patch16"):
         encoders.build(changed(architecture="vit_tinny_patch16_224"))
+    with pytest.raises(ValueError, match="no weights called test_vit.best: .* test_vit.r160_in1k"):
+        encoders.build(changed(architecture="test_vit.best"))
 
 
 def test_rejects_an_image_that_tokens_do_not_fill():
