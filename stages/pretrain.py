@@ -52,43 +52,45 @@ SHEET_ROWS = 8
 
 
 def main(
-    source: Path,
+    data: Path,
     target: Path,
     settings: PretrainParams,
     of_method: Any,
     top: params.Top,
     group: Ranks,
 ) -> None:
-    """Train one encoder on the views in `source`; `of_method` is the method's own section.
+    """Train one encoder on the views in `data`, the folder that holds the results of all stages.
+
+    `of_method` is the method's own section of the params.
 
     Raises:
         FileNotFoundError: the perturb stage has not run.
         ValueError: settings and views do not go together, or training diverged.
     """
-    data = ViewSet(source)
-    training.check_batch(settings, len(data), group.count)
-    spec = backbones.describe(settings, top, data.patch_px, data.mpp)
+    views = ViewSet(data / "perturb", data / "tile")
+    training.check_batch(settings, len(views), group.count)
+    spec = backbones.describe(settings, top, views.patch_px, views.mpp)
     run.seed_everything(top.seed)
     method = _method(spec, settings, of_method, group)
-    made = training.provenance(data.digest, settings, of_method, top)
-    plan = Plan(settings, spec, top.seed, made, len(data) // settings.batch)
+    made = training.provenance(views.digest, settings, of_method, top)
+    plan = Plan(settings, spec, top.seed, made, len(views) // settings.batch)
     if group.first:
         encoders.save(target / "untrained", method.encoder, spec, {**made, "steps": 0})
-        _draw_views(target / "views.png", method, data, plan, group)
+        _draw_views(target / "views.png", method, views, plan, group)
     curves = target / "dvclive" if group.first else None
     with Journal(curves, settings.log_steps, plan.total) as journal:
         result = {"encoder": method.encoder, "journal": journal}
         if not group.agreed(group.first and checkpoint.finished(plan.folder, result, made)):
             with training.memory_explained(settings, group.count):
-                train(method, data, plan, journal, group)
+                train(method, views, plan, journal, group)
             if group.first:
                 checkpoint.finish(plan.folder, plan.total, result, made)
     if group.first:
         encoders.save(target / "pretrained", method.encoder, spec, {**made, "steps": plan.total})
-        counts = {"epochs": settings.epochs, "steps": plan.total, "views": len(data)}
+        counts = {"epochs": settings.epochs, "steps": plan.total, "views": len(views)}
         summary = journal.summary(plan.per_epoch)
         run.write_metrics(target / "metrics.json", {**counts, **summary})
-        counted = {"slides": len(data.stores), "patches": len(data)}
+        counted = {"slides": len(views.stores), "patches": len(views)}
         card.write(target / "pretrained", counted, summary)
 
 
@@ -131,7 +133,7 @@ def train(method: Method, data: ViewSet, plan: Plan, journal: Journal, group: Ra
             total = torch.zeros((), device=device)
             for number, batch in enumerate(islice(batches, passes), start=1):
                 keys = keys_of(plan.seed, epoch, batch.rows)
-                views = _views(method, batch, keys, plan.spec, device)
+                views = _views(method, data, batch, keys, plan.spec, device)
                 # Dropped paths: the same after a resume, and others for each pass of each rank.
                 torch.manual_seed(int(keys_of(plan.seed, step, batch.rows[:1])))
                 with group.averaging(parallel, now=number == passes):
@@ -181,20 +183,23 @@ def _autocast(settings: PretrainParams, device: torch.device) -> torch.autocast:
 
 def _views(
     method: Method,
+    data: ViewSet,
     batch: Batch,
     keys: Int64[Tensor, " batch"],
     spec: EncoderSpec,
     device: torch.device,
 ) -> list[Float[Tensor, "batch 3 px px"]]:
-    patches = batch.patches.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return make_views(patches, batch.points, keys, method.view_policies, spec.mean, spec.std)
+    patches, policies = data.pixels(batch, device), method.view_policies
+    return make_views(patches, batch.points, keys, policies, spec.mean, spec.std)
 
 
 def _draw_views(path: Path, method: Method, data: ViewSet, plan: Plan, group: Ranks) -> None:
     first = next(viewset.rows_of(len(data), plan.settings.batch, plan.seed, range(1)))[:SHEET_ROWS]
     batch = viewset.collate([data[row] for row in first])
-    views = _views(method, batch, keys_of(plan.seed, 0, batch.rows), plan.spec, group.device)
-    sheet.write(path, batch.patches, views, plan.spec.mean, plan.spec.std)
+    keys = keys_of(plan.seed, 0, batch.rows)
+    views = _views(method, data, batch, keys, plan.spec, group.device)
+    patches = data.pixels(batch, group.device).permute(0, 2, 3, 1).cpu()
+    sheet.write(path, patches, views, plan.spec.mean, plan.spec.std)
 
 
 def command() -> None:
@@ -204,7 +209,7 @@ def command() -> None:
     of_method = params.load(module.Params, f"pretrain.{settings.method}")
     data, top = Path("data"), params.load(params.Top)
     with ranks.joined() as group:
-        main(data / "perturb", data / "pretrain", settings, of_method, top, group)
+        main(data, data / "pretrain", settings, of_method, top, group)
 
 
 if __name__ == "__main__":

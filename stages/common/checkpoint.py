@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "finished.pt"
 STALE_SECONDS = 3600  # a half-written file of this age has lost its writer
-DAMAGED = (RuntimeError, EOFError, KeyError, pickle.UnpicklingError)  # what torch.load raises
+DAMAGED = (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class Part(Protocol):
@@ -111,9 +112,9 @@ def _newest(paths: list[Path], made: dict[str, Any]) -> dict[str, Any] | None:
         try:
             state = _read(path)
             found = state["made"]
-        except DAMAGED as error:
-            reason = str(error).splitlines()[0]
-            logger.warning("%s is damaged, going back to the one before: %s", path, reason)
+        except DAMAGED as error:  # whose texts advise to trust the file
+            kind = type(error).__name__
+            logger.warning("%s is damaged (%s): going back to the one before", path, kind)
             continue
         _check(found, made, path)
         return state
@@ -121,6 +122,9 @@ def _newest(paths: list[Path], made: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:  # torch does not look at the check sums that it writes
+        if archive.testzip():
+            raise zipfile.BadZipFile
     # To the CPU: parts move what they take to where they are, and there is memory for both.
     return torch.load(path, map_location="cpu", weights_only=True)
 

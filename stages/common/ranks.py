@@ -5,6 +5,7 @@ torchrun there is one rank, and nothing here does anything. The ranks meet throu
 environment variables (env://), over NCCL between GPUs and over gloo between CPUs.
 """
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -59,9 +60,10 @@ class Ranks:
         """`module` with gradients that are averaged over all ranks in backward."""
         if self.count == 1:
             return module
-        # Unless it looks for unused parameters, DDP packs gradients anew after its first step, and
-        # the order of sums, hence the last bit, would depend on where a run was resumed.
-        return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+        parallel = DistributedDataParallel(module)
+        if self.device.type == "cpu":
+            parallel.register_comm_hook(None, _mean_in_order)
+        return parallel
 
     def averaging(self, module: nn.Module, now: bool) -> AbstractContextManager[None]:
         """Whether the backward inside averages the gradients of all passes up to it."""
@@ -120,3 +122,15 @@ def _device(local: int) -> torch.device:
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def _mean_in_order(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The mean of the ranks' gradients, added in the order of ranks.
+
+    DDP packs gradients anew after its first step, and gloo's own sums depend on where in a pack a
+    number lies: a resumed run would differ from an unbroken one in the last bit.
+    """
+    own = bucket.buffer()
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    gathered = dist.all_gather(every, own, async_op=True).get_future()
+    return gathered.then(lambda _: functools.reduce(torch.add, every) / len(every))
