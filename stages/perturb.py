@@ -2,27 +2,32 @@
 
     reads   data/tile/<slide>/patches.zarr, data/detect/<slide>/nuclei.zarr
     writes  data/perturb/<slide>/views.zarr    perturbed patches, the retained nuclei of each
+            data/perturb/<slide>/recipe.zarr   in its place with perturb.store recipe: no pixels
             data/perturb/<slide>/examples.jpg  some patches, original beside perturbed
             data/perturb/metrics.json          slides, views, points, ...
 
 Run it with `dvc repro perturb`; its settings are the `perturb` section of params.yaml. With
 `perturb.enabled: false` nuclei-centered perturbation is off altogether: every patch passes
 unchanged and no points are kept, so that crops fall anywhere, as in plain DINO.
+
+Shuffled pixels hardly compress: views.zarr takes about half a megabyte for each patch of 512 px. A
+recipe takes some bytes, and pretrain makes the same bits of it and of the tile store, on its
+device: take it for more than some hundred thousand patches, or where a GPU does the work.
 """
 
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
 import torch
 
 from cytossl_core.perturbation import near_points, perturb
-from stages.common import cache, params, perslide, pictures, run, stores
+from stages.common import cache, params, perslide, pictures, run, stores, viewset
 from stages.common.perslide import Job
 
 logger = logging.getLogger(__name__)
@@ -36,6 +41,7 @@ MARK_RGB = (0, 140, 70)
 class PerturbParams:
     """The section `perturb`."""
 
+    store: Literal["pixels", "recipe"]  # recipe: pretrain shuffles; the same bits, no disk
     enabled: bool  # false: patches pass unchanged and crops are not centered on nuclei
     retain_share: float  # of a patch's nuclei, above 0 to 1; at least one nucleus is retained
     radius_um: float  # of the discs left unshuffled, microns; the paper's 50 px at 40x are 12.5
@@ -71,7 +77,7 @@ def main(
     jobs = [_job(name, source / name, nuclei / name, settings, seed) for name in names]
     decisive = {**asdict(settings), "seed": seed}
     perslide.run("perturb", make, jobs, target, code=("stages.perturb",), settings=decisive)
-    metrics = _metrics([target / name for name in names])
+    metrics = _metrics([target / name for name in names], source)
     if not metrics["views"]:
         raise ValueError(
             f"none of {len(names)} slides has a nucleus in any patch: look at {nuclei}/*/"
@@ -88,8 +94,8 @@ def _job(name: str, tiles: Path, found: Path, settings: PerturbParams, seed: int
     return Job(name, inputs, {**arguments, "params": settings, "seed": seed})
 
 
-def _metrics(folders: list[Path]) -> dict[str, float]:
-    views = [stores.open_views(folder / "views.zarr") for folder in folders]
+def _metrics(folders: list[Path], tiles: Path) -> dict[str, float]:
+    views = [viewset.open_slide(folder, tiles / folder.name) for folder in folders]
     count = sum(len(store) for store in views)
     kept = sum(store.attributes["pixels_kept"] * len(store) for store in views)
     return {
@@ -102,34 +108,31 @@ def _metrics(folders: list[Path]) -> dict[str, float]:
 
 
 def make(folder: Path, job: Job) -> None:
-    """Write one slide's view store and examples."""
+    """Write one slide's views, or the recipe of them, and examples."""
     settings = job.arguments["params"]
     patches = stores.open_patches(job.arguments["tiles"] / "patches.zarr")
     found = stores.open_nuclei(job.arguments["nuclei"] / "nuclei.zarr")
-    radius_px = settings.radius_um / patches.attributes["mpp"]
     views = choose(patches, found, settings, job.arguments["seed"])
-    if settings.enabled:
-        kept = [_kept_share(view.points, radius_px, patches.patch_px) for view in views]
-        pixels = (_shuffled(patches[view.source], view, radius_px) for view in views)
-    else:
-        kept = [1.0] * len(views)
-        pixels = (patches[view.source] for view in views)
+    radius_px = settings.radius_um / patches.attributes["mpp"] if settings.enabled else 0.0
+    kept = [_kept_share(view.points, radius_px, patches.patch_px) for view in views]
     attributes = {
         **{name: patches.attributes[name] for name in ("slide_id", "mpp", "slide_mpp")},
         "input": "+".join(job.inputs),
         "patches_unused": len(patches) - len(views),
         "pixels_kept": float(np.mean(kept)) if views else 0.0,
     }
-    stores.create_views(
-        folder / "views.zarr",
-        pixels,
-        np.concatenate([np.empty((0, 2)), *(view.points for view in views)]),
-        np.repeat(np.arange(len(views)), [len(view.points) for view in views]),
-        np.array([view.source for view in views], dtype=np.int64),
-        patches.patch_px,
-        attributes,
-    )
-    _draw(patches, stores.open_views(folder / "views.zarr"), folder / "examples.jpg")
+    points = np.concatenate([np.empty((0, 2)), *(view.points for view in views)])
+    index = np.repeat(np.arange(len(views)), [len(view.points) for view in views])
+    source = np.array([view.source for view in views], dtype=np.int64)
+    if settings.store == "recipe":
+        seeds = np.array([view.seed for view in views], dtype=np.int64)
+        recipe = {**attributes, "radius_px": radius_px}
+        stores.create_recipe(folder / "recipe.zarr", points, index, source, seeds, recipe)
+    else:
+        pixels = (_pixels(patches, view, radius_px) for view in views)
+        side = patches.patch_px
+        stores.create_views(folder / "views.zarr", pixels, points, index, source, side, attributes)
+    _draw(patches, views, radius_px, folder / "examples.jpg")
 
 
 def choose(
@@ -161,37 +164,39 @@ def _generator(seed: int, slide_id: str, row: int) -> np.random.Generator:
 
 
 def _kept_share(points: np.ndarray, radius_px: float, patch_px: int) -> float:
+    if not radius_px:
+        return 1.0
     kept = near_points(torch.from_numpy(points)[None], radius_px, patch_px, patch_px)
     return kept.sum().item() / patch_px**2
 
 
-def _shuffled(patch: np.ndarray, view: View, radius_px: float) -> np.ndarray:
+def _pixels(patches: stores.PatchStore, view: View, radius_px: float) -> np.ndarray:
+    patch = patches[view.source]
+    if not radius_px:
+        return patch
     image = torch.from_numpy(patch.transpose(2, 0, 1).copy())[None]
     points = torch.from_numpy(view.points)[None]
     return perturb(image, points, radius_px, torch.tensor([view.seed]))[0].permute(1, 2, 0).numpy()
 
 
-def _draw(patches: stores.PatchStore, views: stores.ViewStore, file: Path) -> None:
+def _draw(patches: stores.PatchStore, views: list[View], radius_px: float, file: Path) -> None:
     """A contact sheet: some views, spread over the slide, each beside its original."""
     chosen = np.unique(np.linspace(0, max(len(views) - 1, 0), EXAMPLES).astype(int))[: len(views)]
-    pairs = list(_pairs(patches, views, chosen.tolist()))
+    pairs = [_pair(patches, views[at], radius_px) for at in chosen.tolist()]
     blank = np.full((EXAMPLE_PX, 2 * EXAMPLE_PX, 3), 255, np.uint8)
     pairs += [blank] * (len(pairs) % 2 or 2 * (not pairs))
     sheet = np.vstack([np.hstack(pairs[at : at + 2]) for at in range(0, len(pairs), 2)])
     pictures.write_jpeg(file, sheet)
 
 
-def _pairs(
-    patches: stores.PatchStore, views: stores.ViewStore, chosen: list[int]
-) -> Iterator[np.ndarray]:
+def _pair(patches: stores.PatchStore, view: View, radius_px: float) -> np.ndarray:
+    pair = [patches[view.source], _pixels(patches, view, radius_px)]
+    pair = [np.array(picture, order="C") for picture in pair]  # a copy to draw on
+    for picture in pair:
+        for x, y in view.points:
+            cv2.circle(picture, (int(x), int(y)), patches.patch_px // 36, MARK_RGB, 2)
     size = (EXAMPLE_PX, EXAMPLE_PX)
-    for at in chosen:
-        pair = [np.array(patches[int(views.source[at])]), np.array(views[at])]
-        for picture in pair:
-            for x, y in views.points_of(at):
-                where = (int(x), int(y))
-                cv2.circle(picture, where, patches.patch_px // 36, MARK_RGB, 2)
-        yield np.hstack([cv2.resize(one, size, interpolation=cv2.INTER_AREA) for one in pair])
+    return np.hstack([cv2.resize(one, size, interpolation=cv2.INTER_AREA) for one in pair])
 
 
 if __name__ == "__main__":

@@ -67,7 +67,55 @@ class ViewStore(PatchStore):
 
     def points_of(self, at: int) -> np.ndarray:
         """Float32 [points, 2]: retained nuclei of view `at`, (x, y) in patch pixels."""
-        return self.arrays["point"][self.arrays["view_index"] == at]
+        return _points_of(self.arrays, at)
+
+    def seed_of(self, at: int) -> int:
+        """No seed: the pixels are shuffled already."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Views of one slide before their pixels are made: `recipe[i]` is the patch as it was cut.
+
+    `cytossl_core.perturbation.perturb` makes the view's pixels of it, with the view's points and
+    seed and `attributes["radius_px"]`; at radius 0 the patch is the view.
+    """
+
+    patches: PatchStore
+    arrays: dict[str, np.ndarray]
+    attributes: dict[str, Any]
+
+    @property
+    def patch_px(self) -> int:
+        """Side of the patches, pixels."""
+        return self.patches.patch_px
+
+    @property
+    def source(self) -> np.ndarray:
+        """Int64 [view]: the row of the tile store that each view is made from."""
+        return self.arrays["source"]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, at: int) -> np.ndarray:
+        """The patch of view number `at`, uint8 [px, px, 3]."""
+        return self.patches[int(self.source[at])]
+
+    def points_of(self, at: int) -> np.ndarray:
+        """Float32 [points, 2]: retained nuclei of view `at`, (x, y) in patch pixels."""
+        return _points_of(self.arrays, at)
+
+    def seed_of(self, at: int) -> int:
+        """Of the shuffle, int64."""
+        return int(self.arrays["seed"][at])
+
+
+def _points_of(arrays: dict[str, np.ndarray], at: int) -> np.ndarray:
+    # Points lie in the order of their views.
+    begin, end = np.searchsorted(arrays["view_index"], [at, at + 1])
+    return arrays["point"][begin:end]
 
 
 def encoded(patches: Iterable[np.ndarray], codec: str, patch_px: int) -> Iterator[bytes]:

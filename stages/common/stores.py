@@ -11,6 +11,8 @@ perturb/<slide>/views.zarr      patch        [view, px, px, 3]        uint8    p
                                 source       [view]                   int64    row of the tile store
                                 point        [points, 2]              float32  x, y in the patch: retained nuclei
                                 view_index   [points]                 int64    row of `patch` in this store
+perturb/<slide>/recipe.zarr     source       [view]                   int64    as in views.zarr, so point, view_index
+                                seed         [view]                   int64    of the shuffle that makes the pixels
 embed/<encoder>/<slide>/bag.zarr  embedding  [patch, dim]             float32  one instance a row, rows as in tile
                                 origin       [patch, 2]               int64    x0, y0 of the patch
 
@@ -21,7 +23,6 @@ digest of what the store was made from), schema. What made it stands beside it, 
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +32,8 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from stages.common import jpeg
-from stages.common.patches import ZSTD_LEVEL, PatchStore, ViewStore, encoded
+from stages.common.patches import ZSTD_LEVEL, PatchStore, Recipe, ViewStore, encoded
+from stages.common.records import Bag, Nuclei
 from stages.common.shards import write_shard
 
 SCHEMA = 2
@@ -53,30 +55,13 @@ VIEWS = {
     "point": ("float32", 2),
     "view_index": ("int64", 1),
 }
+RECIPE = {"source": ("int64", 1), "seed": ("int64", 1)} | {
+    name: VIEWS[name] for name in ("point", "view_index")
+}
 BAG = {"embedding": ("float32", 2), "origin": ("int64", 2)}
 
 
 Store = TypeVar("Store", bound=PatchStore)
-
-
-@dataclass(frozen=True)
-class Nuclei:
-    """The nuclei of one slide; shapes and units as in the table above."""
-
-    centroid: np.ndarray
-    patch_index: np.ndarray
-    radius_um: np.ndarray
-    score: np.ndarray
-    attributes: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bag:
-    """The embeddings of one slide; shapes and units as in the table above."""
-
-    embedding: np.ndarray
-    origin: np.ndarray
-    attributes: dict[str, Any]
 
 
 def create_patches(
@@ -108,6 +93,19 @@ def create_views(
     _write_patches(group, path, patches, len(source), patch_px, codec)
     arrays = {"source": source, "point": points, "view_index": view_index}
     _write_arrays(group, arrays, VIEWS)
+
+
+def create_recipe(
+    path: Path,
+    points: np.ndarray,
+    view_index: np.ndarray,
+    source: np.ndarray,
+    seed: np.ndarray,
+    attributes: dict[str, Any],
+) -> None:
+    """Write of what a slide's views are to be made; `attributes` add `radius_px`, 0: no shuffle."""
+    arrays = {"source": source, "seed": seed, "point": points, "view_index": view_index}
+    _write_arrays(_create(path, attributes), arrays, RECIPE)
 
 
 def create_nuclei(
@@ -149,6 +147,12 @@ def count_patches(path: Path) -> int:
 def open_views(path: Path) -> ViewStore:
     """Open `data/perturb/<slide>/views.zarr`."""
     return _open_store(ViewStore, path, VIEWS)
+
+
+def open_recipe(path: Path, patches: PatchStore) -> Recipe:
+    """Open `data/perturb/<slide>/recipe.zarr`, of the views that are made from `patches`."""
+    group = _open(path, RECIPE)
+    return Recipe(patches, {name: group[name][:] for name in RECIPE}, dict(group.attrs))
 
 
 def open_nuclei(path: Path) -> Nuclei:

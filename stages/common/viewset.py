@@ -3,7 +3,7 @@
 import hashlib
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,11 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from cytossl_core.perturbation import perturb
 from stages.common import cache, stores
+from stages.common.patches import Recipe, ViewStore
 
-Sample = tuple[UInt8[np.ndarray, "px px 3"], Float[np.ndarray, "point 2"], int]
+Sample = tuple[UInt8[np.ndarray, "px px 3"], Float[np.ndarray, "point 2"], int, int]
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,11 @@ class Batch:
     patches: UInt8[Tensor, "batch px px 3"]
     points: Float[Tensor, "batch point 2"]  # retained nuclei, x, y in patch pixels; NaN: padding
     rows: Int64[Tensor, " batch"]  # numbers of the patches in the data set
+    seeds: Int64[Tensor, " batch"]  # of the shuffles that are still to be made
 
     def pin_memory(self) -> "Batch":
         """With pixels that the device can fetch by itself."""
-        return Batch(self.patches.pin_memory(), self.points, self.rows)
+        return replace(self, patches=self.patches.pin_memory())
 
 
 class ViewSet(Dataset[Sample]):
@@ -35,20 +38,24 @@ class ViewSet(Dataset[Sample]):
 
     Args:
         source: Folder of the perturb stage.
+        tiles: Folder of the tile stage, whose patches recipes (`perturb.store`) are made from.
 
     Raises:
-        FileNotFoundError: the stage has not run.
-        ValueError: slides have patches of different sides or resolutions.
+        FileNotFoundError: a stage has not run.
+        ValueError: slides have patches of different sides or resolutions, or the patches of a
+            recipe are not those that it was written for.
     """
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, tiles: Path) -> None:
         folders = sorted(path for path in source.glob("*") if path.is_dir())
         if not folders:
             raise FileNotFoundError(f"no slides in {source}: run `dvc repro perturb`")
         inputs = [f"{folder.name} {cache.content(folder)}" for folder in folders]
         self.digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
-        self.stores = [stores.open_views(folder / "views.zarr") for folder in folders]
+        self.stores = [open_slide(folder, tiles / folder.name) for folder in folders]
         self.ends = np.cumsum([len(store) for store in self.stores])
+        # All slides were perturbed by one run, with one radius and one resolution.
+        self.radius_px = float(self.stores[0].attributes.get("radius_px", 0))
         kinds = {(store.patch_px, store.attributes["mpp"]) for store in self.stores}
         if len(kinds) > 1:
             found = ", ".join(f"{px} px at {mpp} mpp" for px, mpp in sorted(kinds))
@@ -71,11 +78,35 @@ class ViewSet(Dataset[Sample]):
         return int(self.ends[-1])
 
     def __getitem__(self, row: int) -> Sample:
-        """Pixels and retained nuclei of patch number `row`, and the number."""
+        """Pixels and retained nuclei of patch number `row`, the number, and a shuffle's seed."""
         at = int(np.searchsorted(self.ends, row, side="right"))
         store = self.stores[at]
         inner = row - (int(self.ends[at]) - len(store))
-        return store[inner], store.points_of(inner), row
+        return store[inner], store.points_of(inner), row, store.seed_of(inner)
+
+    def pixels(self, batch: Batch, device: torch.device) -> UInt8[Tensor, "batch 3 px px"]:
+        """The perturbed patches on the device: shuffled there, to the same bits, if by recipe."""
+        patches = batch.patches.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        if not self.radius_px:
+            return patches
+        points, seeds = (values.to(device) for values in (batch.points, batch.seeds))
+        return perturb(patches, points, self.radius_px, seeds)
+
+
+def open_slide(folder: Path, tiles: Path) -> ViewStore | Recipe:
+    """A slide's views, from either kind of store that the perturb stage writes.
+
+    Raises:
+        FileNotFoundError: neither is there, or a recipe's patches are not.
+        ValueError: the patches are not those that the recipe was written for.
+    """
+    recipe = folder / "recipe.zarr"
+    if not recipe.is_dir():
+        return stores.open_views(folder / "views.zarr")
+    opened = stores.open_recipe(recipe, stores.open_patches(tiles / "patches.zarr"))
+    if opened.attributes["input"].split("+")[0] != cache.content(tiles):
+        raise ValueError(f"{recipe} was written for other patches than {tiles}: run `dvc repro`")
+    return opened
 
 
 def loader(
@@ -110,11 +141,12 @@ def epoch_order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack the patches; fill the lists of points up with NaN to one length."""
-    patches, points, rows = zip(*samples, strict=True)
+    patches, points, rows, seeds = zip(*samples, strict=True)
     padded = torch.full((len(points), max(map(len, points)), 2), torch.nan)
     for row, of_patch in zip(padded, points, strict=True):
         row[: len(of_patch)] = torch.from_numpy(of_patch)
-    return Batch(torch.from_numpy(np.stack(patches)), padded, torch.tensor(rows))
+    stacked = torch.from_numpy(np.stack(patches))
+    return Batch(stacked, padded, torch.tensor(rows), torch.tensor(seeds, dtype=torch.int64))
 
 
 def _leave_signals_to_main(_: int) -> None:

@@ -14,13 +14,13 @@ from stages.common import cache, stores
 from stages.common.perslide import Job
 
 PX, MPP, SLIDE_MPP = 61, 0.5, 0.25
-SETTINGS = perturb.PerturbParams(enabled=True, retain_share=0.5, radius_um=4.0)
+SETTINGS = perturb.PerturbParams(store="pixels", enabled=True, retain_share=0.5, radius_um=4.0)
 PARAMS = """
 seed: 3
 sparse_topk: 0
 irpe: none
 engine: {workers: 1, scheduler: ""}
-perturb: {enabled: %s, retain_share: 0.5, radius_um: 4.0}
+perturb: {store: pixels, enabled: %s, retain_share: 0.5, radius_um: 4.0}
 """
 
 
@@ -149,7 +149,7 @@ def test_every_nucleus_is_retained_equally_often(data):
 
 def test_disabled_passes_every_patch_unchanged_without_points(data):
     a_slide(data, "a", NUCLEI)
-    views = made(data, "a", perturb.PerturbParams(False, 0.5, 4.0))
+    views = made(data, "a", perturb.PerturbParams("pixels", False, 0.5, 4.0))
     patches = stores.open_patches(data / "tile/a/patches.zarr")
     assert views.source.tolist() == [0, 1, 2, 3] and len(views.arrays["point"]) == 0
     assert all(np.array_equal(views[at], patches[at]) for at in range(4))
@@ -172,13 +172,13 @@ def test_examples_show_the_original_beside_the_view(data):
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
 def test_rejects_a_share_outside_its_range(share):
     with pytest.raises(ValueError, match="perturb.retain_share is .* above 0, up to 1"):
-        perturb.PerturbParams(True, share, 12.5)
+        perturb.PerturbParams("pixels", True, share, 12.5)
 
 
 @pytest.mark.parametrize("radius_um", [0.0, -1.0, float("inf"), float("nan")])
 def test_rejects_a_radius_outside_its_range(radius_um):
     with pytest.raises(ValueError, match="perturb.radius_um is .* above 0"):
-        perturb.PerturbParams(True, 0.5, radius_um)
+        perturb.PerturbParams("pixels", True, 0.5, radius_um)
 
 
 def test_stage_writes_views_and_metrics_and_one_empty_slide_is_fine(data):
