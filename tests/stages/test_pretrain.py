@@ -4,10 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,125 +14,25 @@ import cv2
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
-from stages import pretrain
-from stages.common import cache, checkpoint, encoders, optimizer, params, stores, viewset
-from stages.common.spec import LoraParams
-from stages.methods import dino
-from stages.methods._masked import Masking
-
-ROOT = Path(__file__).resolve().parents[2]
-TOP = params.Top(seed=7, sparse_topk=3, irpe="k")
-SETTINGS = pretrain.PretrainParams(
-    method="dino",
-    backbone="test_vit",
-    weights="none",
-    init_from="",
-    adapter="none",
-    lora=LoraParams(rank=2, alpha=4.0, dropout=0.0),
-    token_px=8,
-    global_px=24,
-    drop_path=0.1,
-    epochs=3,
-    batch=5,
-    optimizer="adam",
-    learning_rate=0.01,
-    final_learning_rate=1e-6,
-    warmup_epochs=0.5,
-    weight_decay=0.0,
-    final_weight_decay=0.01,
-    clip_norm=3.0,
-    autocast="none",
-    workers=0,
-    log_steps=2,
-    checkpoint_steps=2,
+from stages.common import cache, encoders, optimizer, stores, viewset
+from tests.stages.runs import (
+    DINO,
+    PX,
+    STEPS,
+    TOP,
+    a_slide,
+    changed,
+    checkpoints,
+    curve,
+    forget_checkpoints,
+    start,
+    train,
+    wait_for_checkpoint,
+    weights,
+    write_params,
 )
-DINO = dino.Params(
-    local_views=1,
-    local_px=16,
-    global_scale=(0.4, 1.0),
-    local_scale=(0.1, 0.4),
-    rotation_degrees=180.0,
-    flip=0.5,
-    jitter=0.8,
-    gray=0.0,
-    blur=(0.0, 0.0, 0.0),
-    solarize=0.0,
-    prototypes=17,
-    hidden_dim=19,
-    bottleneck_dim=11,
-    student_temperature=0.1,
-    teacher_temperature_start=0.04,
-    teacher_temperature=0.04,
-    teacher_temperature_warmup=0.3,
-    center_momentum=0.9,
-    momentum=0.9,
-    freeze_prototypes=0.1,
-    koleo_weight=0.0,
-    ibot=Masking(weight=0.0, chance=0.5, share=(0.1, 0.5)),
-)
-COUNTS, PX = {"a": 7, "b": 0, "c": 11}, 31  # 18 patches: 3 steps of 5 in an epoch, 9 in the run
-STEPS = 9
-
-
-def changed(**values) -> pretrain.PretrainParams:
-    return dataclasses.replace(SETTINGS, **values)
-
-
-def a_slide(source: Path, name: str, count: int, px: int = PX, mpp: float = 0.5) -> None:
-    """A finished result of the perturb stage: stripes and blots, a nucleus or two in each."""
-    rng = np.random.default_rng([ord(name[0]), px])
-    patches = [cv2.GaussianBlur(rng.random((px, px, 3)), (0, 0), 2 + at % 3) for at in range(count)]
-    attributes = {"slide_id": name, "mpp": mpp, "slide_mpp": 0.25, "input": "-"}
-    per_patch = np.arange(count) % 3  # also patches without a point
-
-    def make(folder: Path) -> None:
-        stores.create_views(
-            folder / "views.zarr",
-            [cv2.normalize(patch, None, 0, 255, cv2.NORM_MINMAX, cv2.CV_8U) for patch in patches],
-            (rng.random((per_patch.sum(), 2)) * px).astype(np.float32),
-            np.repeat(np.arange(count), per_patch),
-            np.arange(count),
-            px,
-            attributes,
-        )
-
-    key = cache.key_of("perturb", name, (str(px), str(count)), {}, "")
-    if not cache.entry("perturb", key).is_dir():
-        cache.build("perturb", key, name, {}, make)
-    cache.link(cache.entry("perturb", key), source / name)
-
-
-@pytest.fixture
-def source(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
-    torch.set_num_threads(1)
-    for name, count in COUNTS.items():
-        a_slide(tmp_path / "data" / "perturb", name, count)
-    return tmp_path / "data" / "perturb"
-
-
-def train(source: Path, settings=SETTINGS, of_method=DINO, top=TOP, target="made") -> Path:
-    """A run into a folder beside the source."""
-    pretrain.main(source, source.parent / target, settings, of_method, top)
-    return source.parent / target
-
-
-def forget_checkpoints() -> None:
-    for file in (cache.root() / "pretrain").rglob("step-*.pt"):
-        file.unlink()
-
-
-def weights(folder: Path, encoder: str = "pretrained") -> bytes:
-    return (folder / encoder / encoders.WEIGHTS).read_bytes()
-
-
-def curve(folder: Path, name: str) -> list[tuple[int, float]]:
-    lines = (folder / "dvclive" / "plots" / "metrics" / f"{name}.tsv").read_text().split("\n")
-    return [(int(a), float(b)) for a, b in (line.split("\t") for line in lines[1:] if line)]
 
 
 def test_writes_two_encoders_a_picture_curves_and_metrics(source):
@@ -205,8 +104,7 @@ def test_stopped_run_leaves_a_checkpoint_and_goes_on_to_equal_bits(source, monke
         train(source)
     assert left.value.code == 128 + number
     assert signal.getsignal(number) == before
-    names = sorted(file.name for file in (cache.root() / "pretrain").rglob("*.pt"))
-    assert names == ["step-000000004.pt", "step-000000005.pt"]
+    assert [file.name for file in checkpoints()] == ["step-000000004.pt", "step-000000005.pt"]
     made = train(source)
     assert len(calls) == STEPS
     assert weights(made) == weights(unbroken)
@@ -214,21 +112,17 @@ def test_stopped_run_leaves_a_checkpoint_and_goes_on_to_equal_bits(source, monke
     assert curve(made, "loss") == curve(unbroken, "loss")
 
 
-def test_killed_run_ends_with_the_bits_of_an_unbroken_one(source):
-    settings = changed(epochs=12)
-    sections = {"pretrain": {**dataclasses.asdict(settings), "dino": dataclasses.asdict(DINO)}}
-    plain = json.loads(json.dumps({**dataclasses.asdict(TOP), **sections}))
-    Path("params.yaml").write_text(yaml.safe_dump(plain))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "stages.pretrain"]
-    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    while not list((cache.root() / "pretrain").rglob("step-*.pt")) and child.poll() is None:
-        time.sleep(0.01)
+@pytest.mark.parametrize("passes", [1, 3])
+def test_killed_run_ends_with_the_bits_of_an_unbroken_one(source, passes):
+    settings = changed(epochs=12, batch=6, accumulate=passes)
+    write_params(Path(), settings)
+    child = start()
+    wait_for_checkpoint(child)
+    time.sleep(random.random() / 4)  # some steps more, or in the middle of one
     child.kill()
-    assert child.wait() == -signal.SIGKILL, child.stderr.read().decode()
-    child.stderr.close()
-    [latest, *_] = sorted((cache.root() / "pretrain").rglob("step-*.pt"), reverse=True)
-    assert int(re.search(r"\d+", latest.name)[0]) < 12 * 3
+    _, errors = child.communicate()
+    assert child.returncode == -signal.SIGKILL, errors
+    assert int(re.search(r"\d+", checkpoints()[-1].name)[0]) < 12 * 3
     made = train(source, settings)
     assert [step for step, _ in curve(made, "loss")] == list(range(2, 37, 2))
     forget_checkpoints()
@@ -264,7 +158,7 @@ def test_divergence_names_the_step_and_keeps_finite_checkpoints(source, monkeypa
     monkeypatch.setattr(optimizer, "clip_each", infinite_in_step_5)
     with pytest.raises(ValueError, match=r"norm of its gradient nan at step 5: .* lower pretrain"):
         train(source)
-    [first, last] = sorted((cache.root() / "pretrain").rglob("*.pt"))
+    [first, last] = checkpoints()
     assert [first.name, last.name] == ["step-000000002.pt", "step-000000004.pt"]
     state = torch.load(last, weights_only=True)
     assert all(value.isfinite().all() for value in state["method"].values())
@@ -287,7 +181,7 @@ def test_order_is_new_each_epoch_and_the_same_from_any_step():
 
 
 def test_data_set_numbers_patches_by_slide(source):
-    data = viewset.ViewSet(source)
+    data = viewset.ViewSet(source, source.parent / "tile")
     third = stores.open_views(source / "c" / "views.zarr")
     assert len(data) == 18
     for row, (store, inner) in {0: (data.stores[0], 0), 7: (third, 0), 17: (third, 10)}.items():
@@ -298,81 +192,6 @@ def test_data_set_numbers_patches_by_slide(source):
     batch = viewset.collate([data[row] for row in (0, 9, 8)])  # with 0, 2 and 1 points
     assert batch.points.isnan().any(2).tolist() == [[True, True], [False, False], [False, True]]
     assert batch.rows.tolist() == [0, 9, 8]
-
-
-def test_gradients_are_clipped_tensor_by_tensor():
-    torch.manual_seed(0)
-    tensors = [torch.nn.Parameter(torch.empty(3, 5)), torch.nn.Parameter(torch.empty(7))]
-    tensors.append(torch.nn.Parameter(torch.empty(2)))  # without a gradient
-    for tensor, norm in zip(tensors, (10.0, 0.5), strict=False):
-        tensor.grad = torch.randn_like(tensor)
-        tensor.grad *= norm / tensor.grad.norm()
-    before = [tensor.grad.clone() for tensor in tensors[:2]]
-    assert optimizer.clip_each(tensors, 3.0).item() == pytest.approx(math.hypot(10, 0.5))
-    torch.testing.assert_close(tensors[0].grad, before[0] * 0.3)
-    torch.testing.assert_close(tensors[1].grad, before[1])
-    optimizer.clip_each(tensors, 0.0)
-    torch.testing.assert_close(tensors[0].grad, before[0] * 0.3)
-
-
-@pytest.mark.parametrize("name", ["adam", "adamw"])
-def test_optimizer_decays_matrices_only(name):
-    matrix, bias = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,)))
-    built = optimizer.build([matrix, bias], name)
-    optimizer.schedule(built, 0.1, 0.5)
-    matrix.grad, bias.grad = torch.zeros(2, 3), torch.zeros(3)
-    built.step()
-    # adamw: 1 - 0.1 * 0.5; adam: the decay is the gradient, and its first step has length 0.1.
-    torch.testing.assert_close(matrix, torch.full((2, 3), {"adam": 0.9, "adamw": 0.95}[name]))
-    torch.testing.assert_close(bias, torch.ones(3))
-
-
-def test_learning_rate_is_in_proportion_to_the_batch():
-    settings = changed(learning_rate=5e-4, batch=64, epochs=10, warmup_epochs=2.0)
-    rates = [pretrain._rates(settings, at)["learning_rate"] for at in (0.0, 0.1, 0.2, 0.6)]
-    peak = 5e-4 * 64 / 256
-    assert rates == pytest.approx([0, peak / 2, peak, (peak + 1e-6) / 2])
-
-
-def test_keeps_the_newest_checkpoints_and_sweeps_old_halves(tmp_path):
-    part = torch.nn.Linear(2, 3)
-    for step in (9, 10, 11):
-        checkpoint.save(tmp_path, step, {"part": part})
-    fresh, stale = tmp_path / ".step-1.pt.1.tmp", tmp_path / ".step-2.pt.1.tmp"
-    for file in (fresh, stale):
-        file.touch()
-    os.utime(stale, (0, 0))
-    other = torch.nn.Linear(2, 3)
-    assert checkpoint.resume(tmp_path, {"part": other}, torch.device("cpu")) == 11
-    assert torch.equal(part.weight, other.weight)
-    names = sorted(file.name for file in tmp_path.iterdir())
-    assert names == [fresh.name, "step-000000010.pt", "step-000000011.pt"]
-    empty = tmp_path / "empty"
-    assert checkpoint.resume(empty, {"part": other}, torch.device("cpu")) == 0
-
-
-def test_second_signal_is_not_held_back():
-    with checkpoint.interruptible() as received:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert received == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"global_px": 25}, r"pretrain\.global_px is 25: it must be a multiple of token_px, 8"),
-        ({"epochs": 0}, r"pretrain\.epochs is 0: it must be 1 or more"),
-        ({"warmup_epochs": 3.0}, r"warmup_epochs is 3\.0: it must be from 0 to below epochs, 3"),
-        ({"learning_rate": 0.0}, r"learning_rate is 0\.0: it must be above 0"),
-        ({"drop_path": 1.0}, r"drop_path is 1\.0: it must be from 0 to below 1"),
-        ({"clip_norm": -1.0}, r"clip_norm is -1\.0: it must be 0 or more"),
-    ],
-)
-def test_rejects_settings_with_which_nothing_trains(values, message):
-    with pytest.raises(ValueError, match=message):
-        changed(**values)
 
 
 def test_rejects_a_batch_larger_than_the_data(source):
@@ -392,7 +211,7 @@ def test_rejects_slides_of_two_resolutions(source):
 
 
 def test_rejects_an_unknown_method_and_an_absent_stage(source):
-    with pytest.raises(ValueError, match="no 'dyno' in stages/methods: choose one of dino"):
+    with pytest.raises(ValueError, match="no 'dyno' in stages/methods: choose one of byol, dino"):
         train(source, changed(method="dyno"))
     with pytest.raises(FileNotFoundError, match="run `dvc repro perturb`"):
-        train(source.parent / "absent")
+        train(source.parent / "absent" / "perturb")

@@ -1,0 +1,59 @@
+"""What params mean for a run: the optimizer, the rates, what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from stages.common import optimizer, training
+from tests.stages.runs import changed
+
+
+def test_gradients_are_clipped_tensor_by_tensor():
+    torch.manual_seed(0)
+    tensors = [torch.nn.Parameter(torch.empty(3, 5)), torch.nn.Parameter(torch.empty(7))]
+    tensors.append(torch.nn.Parameter(torch.empty(2)))  # without a gradient
+    for tensor, norm in zip(tensors, (10.0, 0.5), strict=False):
+        tensor.grad = torch.randn_like(tensor)
+        tensor.grad *= norm / tensor.grad.norm()
+    before = [tensor.grad.clone() for tensor in tensors[:2]]
+    assert optimizer.clip_each(tensors, 3.0).item() == pytest.approx(math.hypot(10, 0.5))
+    torch.testing.assert_close(tensors[0].grad, before[0] * 0.3)
+    torch.testing.assert_close(tensors[1].grad, before[1])
+    optimizer.clip_each(tensors, 0.0)
+    torch.testing.assert_close(tensors[0].grad, before[0] * 0.3)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_optimizer_decays_matrices_only(name):
+    matrix, bias = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 3), (3,)))
+    built = optimizer.build([matrix, bias], name)
+    optimizer.schedule(built, 0.1, 0.5)
+    matrix.grad, bias.grad = torch.zeros(2, 3), torch.zeros(3)
+    built.step()
+    # adamw: 1 - 0.1 * 0.5; adam: the decay is the gradient, and its first step has length 0.1.
+    torch.testing.assert_close(matrix, torch.full((2, 3), {"adam": 0.9, "adamw": 0.95}[name]))
+    torch.testing.assert_close(bias, torch.ones(3))
+
+
+def test_learning_rate_is_in_proportion_to_the_batch():
+    settings = changed(learning_rate=5e-4, batch=64, epochs=10, warmup_epochs=2.0)
+    rates = [training.rates(settings, at)["learning_rate"] for at in (0.0, 0.1, 0.2, 0.6)]
+    peak = 5e-4 * 64 / 256
+    assert rates == pytest.approx([0, peak / 2, peak, (peak + 1e-6) / 2])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"global_px": 25}, r"pretrain\.global_px is 25: it must be a multiple of token_px, 8"),
+        ({"epochs": 0}, r"pretrain\.epochs is 0: it must be 1 or more"),
+        ({"warmup_epochs": 3.0}, r"warmup_epochs is 3\.0: it must be from 0 to below epochs, 3"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0\.0: it must be above 0"),
+        ({"drop_path": 1.0}, r"drop_path is 1\.0: it must be from 0 to below 1"),
+        ({"clip_norm": -1.0}, r"clip_norm is -1\.0: it must be 0 or more"),
+    ],
+)
+def test_rejects_settings_with_which_nothing_trains(values, message):
+    with pytest.raises(ValueError, match=message):
+        changed(**values)
