@@ -39,5 +39,6 @@ bench: setup
 	python -m benchmarks.chain
 
 lock:
-	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --fork-strategy fewest \
+	uv pip compile pyproject.toml --extra cellpose --extra lora --extra onnx --extra test \
+	  --universal --python-version 3.11 --fork-strategy fewest \
 	  --generate-hashes --no-annotate --no-header --quiet -o requirements.lock
