@@ -38,6 +38,7 @@ from stages.common import (
     sheet,
     training,
     viewset,
+    watch,
 )
 from stages.common.chance import keys_of
 from stages.common.journal import Journal
@@ -46,6 +47,7 @@ from stages.common.spec import EncoderSpec
 from stages.common.training import Plan, PretrainParams
 from stages.common.views import make_views
 from stages.common.viewset import Batch, ViewSet
+from stages.common.watch import Probe
 from stages.methods import Method
 
 SHEET_ROWS = 8
@@ -82,7 +84,7 @@ def main(
         result = {"encoder": method.encoder, "journal": journal}
         if not group.agreed(group.first and checkpoint.finished(plan.folder, result, made)):
             with training.memory_explained(settings, group.count):
-                train(method, views, plan, journal, group)
+                train(method, views, plan, journal, _probe(data, plan, group), group)
             if group.first:
                 checkpoint.finish(plan.folder, plan.total, result, made)
     if group.first:
@@ -108,13 +110,20 @@ def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: 
     return method
 
 
-def train(method: Method, data: ViewSet, plan: Plan, journal: Journal, group: Ranks) -> None:
+def train(
+    method: Method,
+    data: ViewSet,
+    plan: Plan,
+    journal: Journal,
+    probe: Probe | None,
+    group: Ranks,
+) -> None:
     """Take all steps that are left after the newest checkpoint of `plan`.
 
     After SIGINT or SIGTERM on any rank the run leaves a checkpoint and ends.
 
     Raises:
-        ValueError: loss or gradient is no longer finite.
+        ValueError: loss or gradient is no longer finite, or the embeddings collapsed.
         SystemExit: a signal was received.
     """
     settings, device, passes = plan.settings, group.device, plan.settings.accumulate
@@ -154,12 +163,21 @@ def train(method: Method, data: ViewSet, plan: Plan, journal: Journal, group: Ra
             adam.zero_grad()
             journal.note(loss, norm, settings.batch)
             if journal.due(step + 1):
-                journal.write(step + 1, {**rates, **method.monitor(progress)})
+                probed = probe(method.encoder) if probe and plan.probes(step + 1) else {}
+                health = group.agreed({**method.monitor(progress), **probed})
+                journal.write(step + 1, {**rates, **health})
+                watch.raise_alarm(journal.rows, progress, settings.watch)
             if group.first and (stop or plan.saves(step + 1)):
                 checkpoint.save(plan.folder, step + 1, parts, plan.made, settings.keep_checkpoints)
             if stop and step + 1 < plan.total:
                 group.wait()  # else torchrun would end the first rank while it writes
                 checkpoint.leave([*stopped, signal.SIGTERM][0], step + 1, plan.total)
+
+
+def _probe(data: Path, plan: Plan, group: Ranks) -> Probe | None:
+    about = plan.settings.watch
+    wanted = group.first and about.probe_epochs > 0
+    return Probe(data, plan.spec, about, plan.seed) if wanted else None
 
 
 def _batches(data: ViewSet, plan: Plan, first: int, group: Ranks) -> Iterator[Batch]:

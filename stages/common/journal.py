@@ -111,9 +111,10 @@ class Journal:
         self._restart()
 
     def summary(self, steps: int) -> dict[str, float]:
-        """The last row but for what was measured; its loss is the mean over the last `steps`."""
+        """The newest of each number but those measured; the loss is the mean of `steps` steps."""
         first = self.last - steps
         losses = [row["loss"] for row in self.rows if row["step"] > first]
         left_out = ("step", *MEASURED)
-        row = {name: value for name, value in self.rows[-1].items() if name not in left_out}
+        newest = {name: value for row in self.rows for name, value in row.items()}
+        row = {name: value for name, value in newest.items() if name not in left_out}
         return {**row, "loss": sum(losses) / len(losses)}

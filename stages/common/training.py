@@ -14,9 +14,10 @@ from stages.common import backbones, cache, fingerprint, optimizer, params
 from stages.common.schedules import cosine, warmup_cosine
 from stages.common.spec import EncoderSpec, LoraParams
 from stages.common.views import ViewPolicy
+from stages.common.watch import WatchParams
 
 # Settings that change how a run goes about it and not what comes out.
-INDIFFERENT = ("workers", "checkpoint_steps", "keep_checkpoints", "gradient_checkpointing")
+INDIFFERENT = ("workers", "gradient_checkpointing", "checkpoint_steps", "keep_checkpoints", "watch")
 REFERENCE_BATCH = 256  # patches per step that learning_rate is given for
 
 
@@ -55,6 +56,7 @@ class PretrainParams:
     log_steps: int  # steps between two points of the curves
     checkpoint_steps: int  # steps between two checkpoints
     keep_checkpoints: int  # newest ones that stay until the run ends
+    watch: WatchParams
 
     def __post_init__(self) -> None:
         """Refuse values with which nothing could be trained."""
@@ -99,6 +101,10 @@ class Plan:
     def saves(self, step: int) -> bool:
         """Whether a checkpoint follows `step` steps; the end of a run has a file of its own."""
         return step % self.settings.checkpoint_steps == 0 and step < self.total
+
+    def probes(self, step: int) -> bool:
+        """Whether the row of step number `step` has a probe of the embeddings."""
+        return self.settings.watch.due(step, self.settings.log_steps, self.per_epoch)
 
 
 def rates(settings: PretrainParams, progress: float) -> dict[str, float]:

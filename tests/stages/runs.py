@@ -10,13 +10,16 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from stages import pretrain
 from stages.common import cache, encoders, params, stores
 from stages.common.ranks import Ranks
 from stages.common.spec import LoraParams
+from stages.common.watch import WatchParams
 from stages.methods import dino
 from stages.methods._masked import Masking
 
@@ -49,6 +52,9 @@ SETTINGS = pretrain.PretrainParams(
     log_steps=2,
     checkpoint_steps=2,
     keep_checkpoints=2,
+    watch=WatchParams(
+        probe_epochs=0, probe_patches=9, neighbours=3, collapse_after=1.0, collapse_rows=2
+    ),
 )
 ALONE = Ranks(0, 1, torch.device("cpu"))
 DINO = dino.Params(
@@ -150,3 +156,21 @@ def wait_for_checkpoint(child: subprocess.Popen) -> None:
     before = set(checkpoints())
     while child.poll() is None and not set(checkpoints()) - before:
         time.sleep(0.01)
+
+
+def assert_close(first: Path, second: Path) -> None:
+    """Weights within 1e-5 and losses within 1e-5, after steps that moved weights by 1e-3."""
+    one, other, before = (
+        load_file(folder / name / encoders.WEIGHTS)
+        for folder, name in ((first, "pretrained"), (second, "pretrained"), (first, "untrained"))
+    )
+    # A key's bias cancels in the softmax: its gradient is rounding, which Adam makes a step of.
+    names = [name for name in one if not name.endswith("qkv.bias")]
+    for name in names:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=name)
+    assert max((one[name] - before[name]).abs().max() for name in names) > 1e-3
+    for (step, loss), (also, wanted) in zip(
+        curve(first, "loss"), curve(second, "loss"), strict=True
+    ):
+        assert step == also
+        assert loss == pytest.approx(wanted, abs=1e-5)

@@ -185,10 +185,10 @@ def test_data_set_numbers_patches_by_slide(source):
     third = stores.open_views(source / "c" / "views.zarr")
     assert len(data) == 18
     for row, (store, inner) in {0: (data.stores[0], 0), 7: (third, 0), 17: (third, 10)}.items():
-        pixels, points, number = data[row]
+        pixels, points, number, seed = data[row]
         assert np.array_equal(pixels, store[inner])
         assert np.array_equal(points, store.points_of(inner))
-        assert number == row
+        assert (number, seed) == (row, 0)  # no shuffle is left to make
     batch = viewset.collate([data[row] for row in (0, 9, 8)])  # with 0, 2 and 1 points
     assert batch.points.isnan().any(2).tolist() == [[True, True], [False, False], [False, True]]
     assert batch.rows.tolist() == [0, 9, 8]

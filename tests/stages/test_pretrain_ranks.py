@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from stages.common import encoders
 from stages.common.ranks import Ranks
 from tests.stages.runs import (
+    assert_close,
     changed,
     checkpoints,
     curve,
@@ -42,24 +41,6 @@ def processes(child: subprocess.Popen) -> dict[str, int]:
     environments = {pid: Path(f"/proc/{pid}/environ").read_text() for pid in pids}
     ranks = {pid: re.search(r"\0RANK=(\d+)\0", text) for pid, text in environments.items()}
     return {found[1]: int(pid) for pid, found in ranks.items() if found}
-
-
-def assert_close(first: Path, second: Path) -> None:
-    """Weights within 1e-5 and losses within 1e-5, after steps that moved weights by 2e-3."""
-    one, other, before = (
-        load_file(folder / name / encoders.WEIGHTS)
-        for folder, name in ((first, "pretrained"), (second, "pretrained"), (first, "untrained"))
-    )
-    # A key's bias cancels in the softmax: its gradient is rounding, which Adam makes a step of.
-    names = [name for name in one if not name.endswith("qkv.bias")]
-    for name in names:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-5, msg=name)
-    assert max((one[name] - before[name]).abs().max() for name in names) > 2e-3
-    for (step, loss), (also, wanted) in zip(
-        curve(first, "loss"), curve(second, "loss"), strict=True
-    ):
-        assert step == also
-        assert loss == pytest.approx(wanted, abs=1e-5)
 
 
 def test_ranks_share_a_batch_evenly():
