@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from stages.common import cohort, figures, params, run, stores
+from stages.common import cohort, figures, nuclei_figures, params, run, stores
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def collect(data: Path, settings_file: Path) -> dict[str, Any]:
         "roc": figures.roc({(cell["encoder"], cell["head"]): cell["roc"] for cell in cells}),
         "curves": training_curves(pretrain / "dvclive" / "plots" / "metrics"),
         "slides": _gallery(data, shown, "tile", "thumbnail.jpg", 480),
+        "detection": nuclei_figures.section(data / "detect"),
         "nuclei": _gallery(data, firsts, "detect", "overlay.jpg", 960),
         "perturbed": _gallery(data, firsts, "perturb", "examples.jpg", 960),
         "views": figures.picture(_need(pretrain / "views.png", "pretrain"), 1200),

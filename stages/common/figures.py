@@ -25,7 +25,7 @@ def roc(curves: dict[tuple[str, str], pd.DataFrame]) -> Markup:
         curves: Columns fpr and tpr, from (0, 0) to (1, 1).
     """
     encoders, heads = (sorted({pair[at] for pair in curves}) for at in (0, 1))
-    figure, axes = _axes(4.4, 4.0)
+    figure, axes = blank(4.4, 4.0)
     axes.plot([0, 1], [0, 1], color=INK, alpha=0.3, linewidth=1)
     for (encoder, head), curve in curves.items():
         axes.plot(
@@ -43,13 +43,14 @@ def roc(curves: dict[tuple[str, str], pd.DataFrame]) -> Markup:
 
 def line(table: pd.DataFrame, name: str) -> Markup:
     """The last column against `step`; `name` keeps the plots of a page apart."""
-    figure, axes = _axes(3.6, 2.2)
+    figure, axes = blank(3.6, 2.2)
     axes.plot(table["step"], table.iloc[:, -1], color=COLORS[0], linewidth=1.5)
     axes.set(xlabel="step")
     return svg(figure, name)
 
 
-def _axes(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+def blank(width_in: float, height_in: float) -> tuple[Figure, Axes]:
+    """An empty plot in the page's style."""
     figure = Figure(figsize=(width_in, height_in), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

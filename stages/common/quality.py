@@ -37,10 +37,10 @@ RADIUS_NUCLEI = 20  # with fewer, a slide's median radius says little
 LISTED = 20  # slides named in the log
 
 CHECKS = {
-    "no nuclei": "see in its overlay whether it is blank or out of focus, and check its stain "
-    "against the detector's settings and its mpp in cohort.csv",
-    "few nuclei": "see in its overlay whether it is pale, out of focus or nearly blank, and check "
-    "its stain against the detector's settings and its mpp in cohort.csv",
+    "no nuclei": "see in its overlay whether the slide is blank or out of focus, and check its "
+    "stain against the detector's settings and its mpp in cohort.csv",
+    "few nuclei": "see in its overlay whether the slide is pale, out of focus or nearly blank, and "
+    "check its stain against the detector's settings and its mpp in cohort.csv",
     "many nuclei": "see in its overlay whether debris, blood or stain precipitate was taken for "
     "nuclei, and check its mpp in cohort.csv",
     "small nuclei": "its mpp in cohort.csv may be too small; see in its overlay too whether grains "

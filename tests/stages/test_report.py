@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from stages import report
-from stages.common import cohort, stores
+from stages.common import cohort, nuclei_figures, quality, stores, tally
 from stages.common.cohort import SlideRow
 
 HOSTILE = "<script>alert('x')&\""
@@ -60,6 +60,16 @@ def write_slide(data: Path, row: SlideRow) -> None:
     stores.create_patches(store, patches, origin, 16, attributes, "zstd")
 
 
+def write_nuclei(data: Path, counts: dict[str, int]) -> None:
+    """The tables of detect, as if so many nuclei had been found in each slide."""
+    for slide_id, nuclei in counts.items():
+        (data / "detect" / slide_id).mkdir(parents=True, exist_ok=True)
+        radius = np.linspace(3, 5, nuclei)
+        mine = tally.of(PATCHES, np.arange(nuclei) % PATCHES, radius)
+        tally.write(data / "detect" / slide_id, mine)
+    quality.write(data / "detect", list(counts))
+
+
 def write_cell(data: Path, encoder: str, head: str, auc: float) -> None:
     folder = data / "evaluate" / encoder / head
     folder.mkdir(parents=True)
@@ -96,6 +106,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort.write_rows(data / "cohort", rows(), ["well", "ill"])
     for row in rows():
         write_slide(data, row)
+    write_nuclei(data, {row.slide_id: 0 if row.slide_id == HOSTILE else 40 for row in rows()})
     noise(data / "pretrain" / "views.png", 1301, 31)
     for stage in report.COUNTED:
         (data / stage / "metrics.json").write_text(json.dumps({"slides": 10, "patches": 12345}))
@@ -158,16 +169,16 @@ def test_nothing_is_fetched(root: Path) -> None:
 
 def test_every_picture_has_an_alternative_text(root: Path) -> None:
     images = [attrs for tag, attrs in Elements(page_of(root)).tags if tag == "img"]
-    # 3 thumbnails, 1 overlay and 1 example for each of 2 classes; 1 of views; attention: 2 classes
-    # x 2 encoders x (5 highest + 5 lowest of 11 patches)
-    assert len(images) == 2 * 3 + 2 + 2 + 1 + 2 * 2 * 10
+    # 3 thumbnails, 1 overlay and 1 example for each of 2 classes; 1 of views, 1 of a slide without
+    # nuclei; attention: 2 classes x 2 encoders x (5 highest + 5 lowest of 11 patches)
+    assert len(images) == 2 * 3 + 2 + 2 + 1 + 1 + 2 * 2 * 10
     assert all(attrs["alt"] for attrs in images)
 
 
 def test_ids_are_unique_though_several_plots_stand_inline(root: Path) -> None:
     page = page_of(root)
     ids = [attrs["id"] for _, attrs in Elements(page).tags if "id" in attrs]
-    assert page.count("<svg") == 2 and len(ids) == len(set(ids)) > 10
+    assert page.count("<svg") == 5 and len(ids) == len(set(ids)) > 10
     references = re.findall(r'(?:href="#|url\(#)([\w-]+)', page)
     assert references and set(references) <= set(ids)
 
@@ -229,7 +240,7 @@ def test_same_inputs_same_bytes(root: Path) -> None:
 def test_training_curves_may_be_absent(root: Path) -> None:
     shutil.rmtree(root / "data" / "pretrain" / "dvclive")
     page = page_of(root)
-    assert "<h2>Training</h2>" not in page and page.count("<svg") == 1
+    assert "<h2>Training</h2>" not in page and page.count("<svg") == 4
 
 
 @pytest.mark.parametrize(
@@ -240,6 +251,8 @@ def test_training_curves_may_be_absent(root: Path) -> None:
         ("tile/metrics.json", "tile"),
         ("tile/ill-0/thumbnail.jpg", "tile"),
         ("detect/ill-0/overlay.jpg", "detect"),
+        ("detect/slides.csv", "detect"),
+        ("detect/radius.csv", "detect"),
         ("perturb/ill-0/examples.jpg", "perturb"),
         ("pretrain/views.png", "pretrain"),
         ("pretrain/metrics.json", "pretrain"),
@@ -257,6 +270,52 @@ def test_missing_evaluation_names_its_stage(root: Path) -> None:
     shutil.rmtree(root / "data" / "evaluate")
     with pytest.raises(FileNotFoundError, match="run `dvc repro evaluate`"):
         page_of(root)
+
+
+def section_of(page: str) -> str:
+    return page[page.index("<h2>Nuclei</h2>") : page.index("<h2>Perturbed views</h2>")]
+
+
+def test_a_slide_that_stands_out_is_listed_with_its_reason_and_picture(root: Path) -> None:
+    text = section_of(page_of(root))
+    assert "1 of 10" in text and text.count("<svg") == 3
+    elements = Elements(text)
+    words = " ".join(" ".join(elements.words).split())
+    assert f"{HOSTILE} no nuclei No nucleus was found in 11 patches" in words
+    alternatives = [attrs["alt"] for tag, attrs in elements.tags if tag == "img"]
+    assert f"Detected nuclei of slide {HOSTILE}, which has no nuclei" in alternatives
+    assert all(attrs.get("aria-label") for _, attrs in elements.tags if attrs.get("role") == "img")
+
+
+def test_a_cohort_in_which_nothing_stands_out_says_so(root: Path) -> None:
+    write_nuclei(root / "data", {row.slide_id: 40 for row in rows()})
+    text = section_of(page_of(root))
+    assert "No slide stands out" in text and "<table" not in text
+
+
+def test_no_nuclei_at_all_leave_a_page(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nuclei_figures, "FLAGGED_SHOWN", 3)
+    write_nuclei(root / "data", {row.slide_id: 0 for row in rows()})
+    text = section_of(page_of(root))
+    assert "10 of 10" in text and text.count("which has no nuclei") == 3
+    assert "7 more are listed in <code>data/detect/slides.csv</code>" in text
+
+
+def test_a_thousand_slides_and_five_thousand_nuclei_in_a_patch_stay_small() -> None:
+    slides = pd.DataFrame({"nuclei_per_patch": np.linspace(1, 5000, 1000)})
+    slides["slide_id"], slides["flags"] = [str(at) for at in range(1000)], ""
+    assert len(nuclei_figures.per_slide(slides)) < 75_000
+    table = pd.DataFrame({"nuclei": np.arange(5001), "patches": 1})
+    plot = nuclei_figures.per_patch(table)
+    assert len(plot) < 30_000 and "4000" in plot
+
+
+def test_slides_named_like_numbers_or_na_keep_their_names(tmp_path: Path) -> None:
+    write_nuclei(tmp_path, {"007": 0, "NA": 0})
+    for name in ("007", "NA"):
+        noise(tmp_path / "detect" / name / "overlay.jpg", 61, 61)
+    odd = nuclei_figures.section(tmp_path / "detect")["odd"]
+    assert [row["slide_id"] for row in odd] == ["007", "NA"]
 
 
 def test_results_of_another_configuration_stay_out(root):
