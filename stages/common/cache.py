@@ -80,6 +80,33 @@ def _publish(folder: Path, final: Path) -> None:
             raise
 
 
+def arrange(results: dict[str, Path], target: Path) -> None:
+    """Let `target` hold these results by name and nothing else; what is in place stays."""
+    target.mkdir(parents=True, exist_ok=True)
+    with os.scandir(target) as found:
+        for one in list(found):
+            if not one.is_dir(follow_symlinks=False):
+                os.unlink(one.path)
+            elif one.name not in results or _inodes(one.path) != _inodes(results[one.name]):
+                shutil.rmtree(one.path)
+    there = set(os.listdir(target))
+    for name, source in results.items():
+        if name not in there:
+            link(source, target / name)
+
+
+def _inodes(folder: str | Path, inside: str = "") -> set[tuple[str, int]]:
+    """Each file with its inode, which hard links share: equal sets are equal results."""
+    files = set()
+    with os.scandir(folder) as found:
+        for one in found:
+            if one.is_dir(follow_symlinks=False):
+                files |= _inodes(one.path, f"{inside}{one.name}/")
+            else:
+                files.add((inside + one.name, one.inode()))
+    return files
+
+
 def link(source: Path, target: Path) -> None:
     """Put a result at `target` by hard links, or by copies where the file system has none."""
     target.mkdir(parents=True)

@@ -82,7 +82,7 @@ def run(
         make: Fills a folder with one slide's files. A top-level function: it runs in workers. Equal
             job, settings and code must give equal bytes.
         jobs: One a slide.
-        target: Made anew; holds hard links to the cache.
+        target: Holds hard links to the cache, and nothing else afterwards.
         code: Modules that decide the bytes; all they import counts too.
         settings: Every param that decides the bytes.
         processes: At most so many at once on this machine, as for one a GPU; None: one a core.
@@ -95,9 +95,6 @@ def run(
     if processes:
         engine = replace(engine, workers=min(engine.workers or processes, processes))
     cache.sweep(stage)
-    if target.exists():
-        shutil.rmtree(target)
-    target.mkdir(parents=True)
     digest = fingerprint.code_digest(code)
     keys = {
         job.slide_id: cache.key_of(stage, job.slide_id, job.inputs, settings, digest)
@@ -105,13 +102,14 @@ def run(
     }
     missing = [job for job in jobs if not cache.entry(stage, keys[job.slide_id]).is_dir()]
     logger.info("%s: %d slides to make, %d reused", stage, len(missing), len(jobs) - len(missing))
+    if missing and target.exists():  # a run that fails must not leave a stage that looks whole
+        shutil.rmtree(target)
     made = {"settings": settings, "code": digest}
     build = functools.partial(_build, stage, make, provenance=made)
     failures = _build_all(stage, build, missing, keys, engine, unit) if missing else {}
     cache.sweep(stage)
     _report(stage, failures, len(jobs))
-    for job in jobs:
-        cache.link(cache.entry(stage, keys[job.slide_id]), target / job.slide_id)
+    cache.arrange({name: cache.entry(stage, key) for name, key in keys.items()}, target)
 
 
 def _build_all(

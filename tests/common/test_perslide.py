@@ -58,6 +58,30 @@ def test_makes_once_and_links_ever_after(caplog):
     assert sorted(path.name for path in Path("data/toy").iterdir()) == ["c"]
 
 
+def test_what_is_in_place_stays_and_what_is_damaged_is_linked_anew():
+    run(jobs("a", "b", "c"), depth=1)
+    folder = Path("data/toy")
+    kept = (folder / "a").stat().st_ino
+    (folder / "b/inner/value.txt").unlink()
+    (folder / "c/more.txt").write_text("not of this result")
+    (folder / "metrics.json").write_text("{}")
+    (folder / "gone").mkdir()
+    run(jobs("a", "b", "c"), depth=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "c"]
+    assert (folder / "a").stat().st_ino == kept
+    assert (folder / "b/inner/value.txt").read_text() == "b ('digest',)"
+    assert not (folder / "c/more.txt").exists()
+    run(jobs("a", "b", "c", inputs=("other",)), depth=1)
+    assert (folder / "a/inner/value.txt").read_text() == "a ('other',)"
+
+
+def test_a_run_that_fails_leaves_nothing_that_looks_whole():
+    run(jobs("a"), depth=1)
+    with pytest.raises(ValueError, match="1 of 2 slides failed"):
+        run(jobs("a", bad="raise"), depth=1)
+    assert not Path("data/toy").exists()
+
+
 def worker_numbers() -> list[str]:
     return sorted(path.read_text() for path in Path("data/toy").glob("*/worker.txt"))
 
