@@ -132,11 +132,11 @@ def method_of(image_px, topk, irpe, settings, device) -> dino.DINO:
     return dino.build(encoders.build(spec), settings, image_px).to(device).train()
 
 
-def median_times(work, paths, device) -> dict[str, float]:
+def median_times(work, paths, device, turns=TURNS) -> dict[str, float]:
     alone = device == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
     seconds = {path: [] for path in paths}
-    for turn in range(TURNS + 1):
+    for turn in range(turns + 1):
         for path in paths:
             synchronise(device)
             start = clock()
