@@ -1,56 +1,103 @@
 """SR-attention on a CPU: after selection, only the kept pairs are worked on, both ways."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from cytossl_core.attention.inputs import Inputs
 from cytossl_core.attention.pairs import Pairs, select
+from cytossl_core.attention.sparse import sparse_attention
+
+TENSORS = ("query", "key", "value", "table_q", "table_k", "table_v")  # that have gradients
 
 
 def pairs_attention(x: Inputs) -> Float[Tensor, "batch head token head_dim"]:
     """Equation 9 by way of the kept pairs; the same numbers as `sparse_attention`.
 
     Takes neither dropout nor a gradient of the bias. Memory beyond inputs and outputs: the kept
-    pairs, and the scores of a few heads at a time.
+    pairs, and the scores of a few heads at a time. `sparse_attention` takes over where a dropped
+    pair could matter (0 x NaN is NaN), where most pairs are kept, and for second derivatives.
 
     Source:
         Cyto-SSL, equations 3 to 9. numpy's vectorised partition finds the h-th largest of each
         row; sums over kept pairs are embedding bags, weighted.
     """
-    return _PairsAttention.apply(x, x.query, x.key, x.value, x.table_q, x.table_k, x.table_v)
+    if not _finite(x.query, x.key, x.value, *x.tables.values()):
+        return sparse_attention(x)
+    with torch.no_grad():
+        pairs, weight = select(x)
+    most = 2 * len(weight) > x.query[..., 0].numel() * x.key.shape[2]  # ties by the thousand
+    if most or not _finite(weight):
+        return sparse_attention(x)
+    return _PairsAttention.apply(x, pairs, weight, *_tensors(x))
+
+
+def _finite(*tensors: Tensor) -> bool:
+    """Whether no NaN or infinity is there (nor a sum that overflows: the answer may err so)."""
+    with torch.no_grad():
+        return all(tensor.sum().isfinite() for tensor in tensors)
+
+
+def _tensors(x: Inputs) -> tuple[Tensor | None, ...]:
+    return tuple(getattr(x, name) for name in TENSORS)
 
 
 class _PairsAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *tensors):
-        pairs, weight = select(x)
+    def forward(ctx, x, pairs, weight, *tensors):
         out = pairs.sum(x.value.flatten(0, 2), pairs.column, weight).view_as(x.value)
-        out += (x.value * 0).sum(dim=2, keepdim=True)  # a NaN of a dropped value is not lost
         if x.table_v is not None:
             index = pairs.in_table(x.table_v)
             out += pairs.sum(x.table_v.flatten(0, 1), index, weight).view_as(out)
-        ctx.settings = (x.scale, x.buckets if x.tables else None, pairs.token, pairs.heads)
+        others = {name: each for name, each in vars(x).items() if name not in TENSORS}
+        ctx.settings = (others, pairs.token, pairs.heads)
         ctx.save_for_backward(*tensors, weight, pairs.row, pairs.column, pairs.start, pairs.bucket)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        query, key, value, table_q, table_k, table_v, weight, *pairs = ctx.saved_tensors
-        scale, ids, token, heads = ctx.settings
-        pairs = Pairs(*pairs, token, heads)
-        query_row, key_row, grad_row = (t.flatten(0, 2) for t in (query, key, grad))
-        d_score = scale * _score_gradient(pairs, weight, grad_row, value, table_v)
-        swapped, order = pairs.swapped(ids)
-        d_query, d_table_k = _side(pairs, d_score, query_row, key_row, table_k)
-        d_score = d_score.index_select(0, order)
-        d_key, d_table_q = _side(swapped, d_score, key_row, query_row, table_q)
-        d_value = swapped.sum(grad_row, swapped.column, weight.index_select(0, order))
-        d_table_v = _table_gradient(pairs, weight, grad_row, table_v)
-        d_query, d_key, d_value = (d.view_as(query) for d in (d_query, d_key, d_value))
-        return None, d_query, d_key, d_value, d_table_q, d_table_k, d_table_v
+        *tensors, weight, row, column, start, bucket = ctx.saved_tensors
+        others, token, heads = ctx.settings
+        x = Inputs(**dict(zip(TENSORS, tensors, strict=True)), **others)
+        if torch.is_grad_enabled() or not _finite(grad):  # the former under create_graph
+            return None, None, None, *_sparse_gradients(x, grad)
+        pairs = Pairs(row, column, start, bucket, token, heads)
+        return None, None, None, *_gradients(x, pairs, weight, grad)
+
+
+def _sparse_gradients(
+    x: Inputs, grad: Float[Tensor, "batch head token head_dim"]
+) -> list[Tensor | None]:
+    """Gradients of `TENSORS` by way of all pairs; they can be differentiated again."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        named = {name: getattr(x, name) for name in TENSORS}
+        own = {n: t.view_as(t) for n, t in named.items() if t is not None and t.requires_grad}
+        out = sparse_attention(replace(x, **own))
+        found = torch.autograd.grad(out, list(own.values()), grad, create_graph=create_graph)
+    found = dict(zip(own, found, strict=True))
+    return [found.get(name) for name in TENSORS]
+
+
+def _gradients(
+    x: Inputs,
+    pairs: Pairs,
+    weight: Float[Tensor, " pair"],
+    grad: Float[Tensor, "batch head token head_dim"],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `TENSORS` by way of the kept pairs."""
+    query_row, key_row, grad_row = (t.flatten(0, 2) for t in (x.query, x.key, grad))
+    d_score = x.scale * _score_gradient(pairs, weight, grad_row, x.value, x.table_v)
+    swapped, order = pairs.swapped(x.buckets if x.tables else None)
+    d_query, d_table_k = _side(pairs, d_score, query_row, key_row, x.table_k)
+    d_score = d_score.index_select(0, order)
+    d_key, d_table_q = _side(swapped, d_score, key_row, query_row, x.table_q)
+    d_value = swapped.sum(grad_row, swapped.column, weight.index_select(0, order))
+    d_table_v = _table_gradient(pairs, weight, grad_row, x.table_v)
+    d_query, d_key, d_value = (d.view_as(x.query) for d in (d_query, d_key, d_value))
+    return d_query, d_key, d_value, d_table_q, d_table_k, d_table_v
 
 
 def _score_gradient(
@@ -76,7 +123,7 @@ def _products(
     """Per pair, left's row times right's column: what a bag gives as gradient of its weights."""
     with torch.enable_grad():
         weight = torch.zeros(len(pairs.row), dtype=left.dtype, requires_grad=True)
-        bags = pairs.sum(right.detach(), pairs.column, weight)
+        bags = pairs.sum(right, pairs.column, weight)
     return torch.autograd.grad(bags, weight, left)[0]
 
 

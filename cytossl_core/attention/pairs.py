@@ -1,4 +1,7 @@
-"""Selection on a CPU: which (query, key) pairs are kept, and how to sum over them."""
+"""Selection on a CPU: which (query, key) pairs are kept, and how to sum over them.
+
+numpy selects about three times faster than torch; without it, torch does.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,6 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+
+try:
+    import numpy
+except ImportError:  # torch itself works without
+    numpy = None
 
 from cytossl_core.attention.inputs import Inputs
 from cytossl_core.attention.sparse import table_scores
@@ -35,7 +43,7 @@ class Pairs:
         """The same pairs seen from the key, and the order that sorts them so."""
         row, order = self.column.sort(stable=True)
         column = self.row.index_select(0, order)
-        start, bucket = _starts(row, len(self.start)), buckets(row, column, self.token, ids)
+        start, bucket = _starts(row, len(self.start)), _bucket_of(row, column, self.token, ids)
         return replace(self, row=row, column=column, start=start, bucket=bucket), order
 
     def sum(
@@ -47,7 +55,7 @@ class Pairs:
         """Per row, the weighted sum of the source's rows at `index`."""
         return F.embedding_bag(
             index,
-            source.detach(),  # the path for gradients, not needed here, is twice as slow
+            source.detach(),  # its gradient is not wanted, and would make this twice as slow
             self.start,
             mode="sum",
             per_sample_weights=weight,
@@ -61,7 +69,7 @@ class Pairs:
         return self.bucket + self.row // self.token % self.heads * table.shape[1]
 
 
-def buckets(
+def _bucket_of(
     row: Int[Tensor, " pair"],
     column: Int[Tensor, " pair"],
     token: int,
@@ -84,7 +92,7 @@ def select(x: Inputs) -> tuple[Pairs, Float[Tensor, " pair"]]:
         weights.append(weight)
         first += count
     row, column, token = torch.cat(rows), torch.cat(columns), x.query.shape[2]
-    bucket = buckets(row, column, token, x.buckets if x.tables else None)
+    bucket = _bucket_of(row, column, token, x.buckets if x.tables else None)
     return Pairs(row, column, _starts(row, first + 1), bucket, token, x.heads), torch.cat(weights)
 
 
@@ -112,21 +120,28 @@ def _select_part(x: Inputs) -> tuple[Tensor, Tensor, Tensor, int]:
     """Row, column and weight of the kept pairs of a piece, and its number of rows."""
     scores = table_scores(x).flatten(0, 2)  # [row, key]
     count, token = scores.shape
-    ordered = scores.clone()
-    ordered.numpy().partition(token - x.topk, axis=-1)  # vectorised; NaN goes last
-    below = scores < ordered[:, token - x.topk, None]  # never true of NaN, which so stays
+    threshold = _largest(scores, x.topk).clamp(min=torch.finfo(scores.dtype).min)  # never -inf
+    below = scores < threshold[:, None]  # never true of NaN, which so stays
     row, key = below.logical_not_().nonzero(as_tuple=True)
     weight = _softmax(scores.flatten().index_select(0, row * token + key), row, scores.amax(dim=1))
     row = row.int()
     return row, key.int() + row // token * token, weight, count
 
 
+def _largest(scores: Float[Tensor, "row key"], topk: int) -> Float[Tensor, " row"]:
+    """Per row, the topk-th largest score, NaN being the largest."""
+    if numpy is None:
+        return scores.topk(topk).values[:, -1]
+    ordered = scores.clone()
+    ordered.numpy().partition(-topk, axis=-1)  # vectorised; NaN goes last
+    return ordered[:, -topk]
+
+
 def _softmax(score: Tensor, row: Tensor, largest: Tensor) -> Tensor:
-    """Softmax over the pairs of a row; zeros in a row that has only -inf."""
-    largest = largest.masked_fill(largest == -torch.inf, 0)
+    """Softmax over the kept pairs of a row, of which one has the row's largest score."""
     power = (score - largest.index_select(0, row)).exp_()
     total = torch.zeros_like(largest).index_add_(0, row, power)
-    return power / total.masked_fill_(total == 0, 1).index_select(0, row)
+    return power / total.index_select(0, row)
 
 
 def _starts(row: Tensor, count: int) -> Tensor:

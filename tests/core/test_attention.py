@@ -1,6 +1,7 @@
 """SR-attention: the reference against loops, every path against the reference."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cytossl_core.attention import irpe_buckets, pairs, sr_attention
+from cytossl_core.attention import cpu, irpe_buckets, pairs, reference, sparse, sr_attention
 from cytossl_core.attention.cpu import pairs_attention
 from cytossl_core.attention.inputs import Inputs
-from cytossl_core.attention.reference import reference_attention
+from cytossl_core.attention.reference import dropped, reference_attention, sr_scores
 from cytossl_core.attention.sparse import sparse_attention
 from tests.conftest import TOLERANCE
 from tests.definitions import attention as definition
@@ -168,9 +169,15 @@ def test_ties_with_the_last_kept_stay(path, topk):
 
 
 @pytest.mark.parametrize("path", [reference_attention, *PATHS])
-def test_both_zeros_are_equal(path):
+def test_both_zeros_are_equal(path, monkeypatch):
+    """The scores are put in: a sum of products begins at 0.0, which swallows -0.0."""
     scores = torch.tensor([0.0, -0.0, 0.0, -0.0, -1.0]).expand(5, 5).contiguous()
-    assert kept(path, scores, 1).sum(dim=1).tolist() == [4] * 5
+    for module, name in ((reference, "sr_scores"), (sparse, "table_scores")):
+        monkeypatch.setattr(module, name, lambda x: x.bias.clone())
+    monkeypatch.setattr(pairs, "table_scores", lambda x: x.bias.clone())
+    assert scores[0].signbit().tolist() == [False, True, False, True, True]
+    for topk in (1, 2):
+        assert kept(path, scores, topk).sum(dim=1).tolist() == [4] * 5
 
 
 @pytest.mark.parametrize("path", [reference_attention, *PATHS])
@@ -184,16 +191,40 @@ def test_a_row_without_keys_gives_zeros_and_no_gradient(path):
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
-@pytest.mark.parametrize("path", [reference_attention, *PATHS])
-@pytest.mark.parametrize("name", ["query", "key", "value", "table_q", "table_k", "table_v"])
-def test_nan_is_never_dropped(path, name):
-    x = problem(37, 3)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("topk", [1, 4, 16])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name", ["query", "key", "value", "table_q", "table_k", "table_v", "bias", "grad"]
+)
+def test_one_nan_or_infinity_is_never_dropped(path, topk, poison, name):
+    """Neither from the output nor from a gradient: all that the reference has, and no less."""
+    if name == "bias" and poison == -math.inf:
+        return  # a removed key
+    bias = torch.zeros(2, 1, 37, 37, dtype=torch.float64) if name == "bias" else None
+    x = problem(37, topk, bias=bias)
+    grad = torch.randn(x.query.shape, generator=torch.Generator().manual_seed(1)).double()
     with torch.no_grad():
-        tensor = getattr(x, name)
-        tensor[(..., 4, slice(None)) if tensor.ndim == 4 else (..., slice(None), 0)] = torch.nan
-        expected, found = reference_attention(x), path(x)
-    assert expected.isnan().any()
-    assert torch.equal(found.isnan(), expected.isnan())
+        tensor = grad if name == "grad" else getattr(x, name)
+        tensor[(0, 24, 2) if tensor.ndim == 3 else (0, 0, 7, 2)] = poison
+    tensors = [x.query, x.key, x.value, *x.tables.values()]
+    results = []
+    for each in (reference_attention, path):
+        out = each(x)
+        gradients = torch.autograd.grad(out, tensors, grad)
+        results.append([t.isfinite() for t in (out, *gradients)])
+    expected, found = results
+    assert not all(t.all() for t in expected)
+    for wanted, seen in zip(expected, found, strict=True):
+        assert not (seen & ~wanted).any()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_nan_reaches_no_other_head(path):
+    x = problem(37, 4)
+    with torch.no_grad():
+        x.value[0, 1, 7, 2] = math.nan
+    assert torch.equal(path(x).isnan(), reference_attention(x).isnan())
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -205,6 +236,54 @@ def test_gradcheck_away_from_ties(path):
         return path(Inputs(*t[:3], x.topk, x.buckets, *t[3:], x.scale, None, 0.0))
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_can_be_differentiated_again(path):
+    seconds = []
+    for each in (reference_attention, path):
+        x = problem(37, 4)
+        tensors = [x.query, x.value, *x.tables.values()]
+        same = replace(x, key=x.query)  # one tensor in two places
+        first = torch.autograd.grad(each(same).square().sum(), tensors, create_graph=True)
+        seconds.append(torch.autograd.grad(sum(t.square().sum() for t in first), tensors))
+    assert_same(seconds[1], seconds[0], TOLERANCE[torch.float64])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_of_tied_scores_match_the_reference(path):
+    """Whole numbers tie with the last kept by the hundred, and their products are exact."""
+    x = problem(101, 16)
+    with torch.no_grad():
+        for tensor in (x.query, x.key, *x.tables.values()):
+            tensor.copy_(tensor.round().clamp(-1, 1))
+    x = replace(x, scale=0.5)
+    assert (~dropped(sr_scores(x), 16)).sum() > 1.2 * 16 * 2 * 3 * 101
+    assert_same(run(path, x), run(reference_attention, x), TOLERANCE[torch.float64])
+
+
+def test_pairs_leave_out_removed_keys():
+    padded = torch.zeros(2, 1, 1, 37, dtype=torch.float64)
+    padded[..., 11:] = -torch.inf  # 11 keys, fewer than h
+    with torch.no_grad():
+        chosen, weight = pairs.select(problem(37, 16, bias=padded))
+    assert len(weight) == len(chosen.row) == 2 * 3 * 37 * 11
+
+
+def test_most_pairs_being_tied_leaves_them_to_the_sparse_path(monkeypatch):
+    monkeypatch.setattr(cpu, "_PairsAttention", None)
+    x = problem(37, 5)
+    with torch.no_grad():
+        x.query.zero_()
+        x.table_q.zero_()
+    assert_same(run(pairs_attention, x), run(reference_attention, x), TOLERANCE[torch.float64])
+
+
+def test_without_numpy_torch_selects_the_same_pairs(monkeypatch):
+    x = problem(37, 7)
+    expected = run(pairs_attention, x)
+    monkeypatch.setattr(pairs, "numpy", None)
+    assert all(torch.equal(a, b) for a, b in zip(run(pairs_attention, x), expected, strict=True))
 
 
 @pytest.mark.parametrize("path", PATHS)
