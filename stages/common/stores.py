@@ -60,7 +60,6 @@ RECIPE = {"source": ("int64", 1), "seed": ("int64", 1)} | {
 }
 BAG = {"embedding": ("float32", 2), "origin": ("int64", 2)}
 
-
 Store = TypeVar("Store", bound=PatchStore)
 
 
@@ -117,12 +116,7 @@ def create_nuclei(
     attributes: dict[str, Any],
 ) -> None:
     """Write the nuclei of one slide."""
-    arrays = {
-        "centroid": centroid,
-        "patch_index": patch_index,
-        "radius_um": radius_um,
-        "score": score,
-    }
+    arrays = dict(zip(NUCLEI, (centroid, patch_index, radius_um, score), strict=True))
     _write_arrays(_create(path, attributes), arrays, NUCLEI)
 
 
@@ -140,8 +134,7 @@ def open_patches(path: Path) -> PatchStore:
 
 def count_patches(path: Path) -> int:
     """How many patches a finished store holds, at a hundredth of the cost of opening it."""
-    described = json.loads((path / "patch" / "zarr.json").read_text(encoding="utf-8"))
-    return int(described["shape"][0])
+    return int(json.loads((path / "patch" / "zarr.json").read_text("utf-8"))["shape"][0])
 
 
 def open_views(path: Path) -> ViewStore:
@@ -182,13 +175,8 @@ def _write_arrays(
         if values.ndim != axes:
             raise ValueError(f"{group.store_path}: {name} has {values.ndim} axes: it needs {axes}")
         chunk = tuple(max(length, 1) for length in values.shape)  # one file an array
-        group.create_array(
-            name,
-            data=values.astype(dtype),
-            chunks=chunk,
-            compressors=ZstdCodec(),
-            chunk_key_encoding=CHUNK_NAMES,
-        )
+        how = {"chunk_key_encoding": CHUNK_NAMES, "compressors": ZstdCodec()}
+        group.create_array(name, data=values.astype(dtype), chunks=chunk, **how)
 
 
 def _write_patches(
