@@ -238,7 +238,7 @@ def test_names_with_spaces_and_accents_work():
     ("param", "value", "message"),
     [
         ("detect.detector", "eye", "no 'eye' in stages/detectors: choose one of cellpose"),
-        ("pretrain.method", "dyno", "no 'dyno' in stages/methods: choose one of dino"),
+        ("pretrain.method", "dyno", "no 'dyno' in stages/methods: choose one of byol, dino"),
         ("evaluate.heads", ["abmil", "hydra"], "no 'hydra' in stages/heads"),
         ("evaluate.heads", [], "evaluate.heads is []: name one or more"),
         ("embed.encoders", ["resnet"], "embed.encoders names 'resnet': choose of pretrained"),
