@@ -24,6 +24,9 @@ ENGINE = frozenset(
         "run",
         "devices",
         "quality",
+        "watch",
+        "card",
+        "sheet",
     )
 )
 

@@ -141,7 +141,8 @@ def knn_votes(
     Source:
         Wu et al. 2018, https://arxiv.org/abs/1805.01978, as in DINO's eval_knn.py: cosines weigh
         exp(cosine / 0.07). Ours: rows of the same patient do not vote, so that stain and slide,
-        which they share, help nobody.
+        which they share, help nobody; and a class counts by its votes over its share of those who
+        may vote, or a patient's own class, the rarer without him, would lose every tie.
     """
     unit = F.normalize(rows.float(), dim=1)
     cosine = (unit @ unit.T).masked_fill(patient[:, None] == patient, -torch.inf)
@@ -149,6 +150,8 @@ def knn_votes(
     weight = ((nearest.values - 1) / TEMPERATURE).exp()  # 0 where a patient's own row was taken
     votes = weight.new_zeros(len(rows), int(label.max()) + 1)
     votes.scatter_add_(1, label[nearest.indices], weight)
+    others = (patient[:, None] != patient).to(votes.dtype)
+    votes /= (others @ F.one_hot(label, votes.shape[1]).to(votes.dtype)).clamp_min(1)
     return votes / votes.sum(1, keepdim=True).clamp_min(1e-30)
 
 

@@ -69,8 +69,19 @@ def test_neighbours_of_other_patients_vote_by_their_cosine():
         nearest = sorted(cosine, key=cosine.get)[-4:]
         votes = np.zeros(3)
         for other in nearest:
-            votes[label[other]] += math.exp(cosine[other] / 0.07)
+            allowed = [one for one in cosine if label[one] == label[other]]
+            votes[label[other]] += math.exp(cosine[other] / 0.07) / len(allowed)
         np.testing.assert_allclose(got[at].numpy(), votes / votes.sum(), rtol=1e-4)
+
+
+def test_embeddings_that_say_nothing_are_right_by_chance():
+    """Without weights by class the own class, rarer among the others, would nearly always lose."""
+    rows = torch.randn(400, 16, generator=torch.Generator().manual_seed(1))
+    label = (torch.arange(400) // 20) % 2
+    votes = knn_votes(rows, label, torch.arange(400) // 20, 20)
+    patients = votes.view(20, 20, 2).sum(1).argmax(1)
+    right = (patients == torch.arange(20) % 2).double().mean().item()
+    assert 0.25 <= right <= 0.75
 
 
 def test_own_patient_never_votes():
