@@ -98,6 +98,7 @@ def main(
 
 def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: Ranks) -> Method:
     encoder = group.with_norms(backbones.prepare(spec, settings))
+    training.check_encoder(settings, encoder)
     if settings.gradient_checkpointing:
         encoder.set_grad_checkpointing()
     build = plugins.load("methods", settings.method).build

@@ -41,6 +41,7 @@ def describe(settings: Settings, top: params.Top, patch_px: int, mpp: float) -> 
     """
     _check(settings)
     if settings.init_from:
+        _check_place(Path(settings.init_from))
         former = encoders.describe(Path(settings.init_from))["spec"]
         mean, std = former.mean, former.std
     else:
@@ -158,3 +159,12 @@ def _licence(settings: Settings) -> str:
     if settings.weights == "timm" or settings.backbone == architectures.GIGAPATH:
         return architectures.licence(settings.backbone)
     return f"not stated in {Path(settings.weights).name}: see where that file is from"
+
+
+def _check_place(folder: Path) -> None:
+    own = Path("data/pretrain")
+    if folder.resolve().is_relative_to(own.resolve()):
+        raise ValueError(
+            f"params.yaml: pretrain.init_from is {folder}: DVC empties {own} before this stage "
+            "runs; copy the encoder elsewhere first, and name that folder"
+        )

@@ -56,7 +56,8 @@ No name of a slide or a patient is part of this folder; the digest tells data se
 {metrics}
 
 They were measured while training, on the training data: they say that training went well, and not
-how good a diagnosis is. That is measured by `evaluate` on slides of patients never seen.
+how good a diagnosis is. That is measured by `evaluate`, on slides of patients whose labels no head
+has seen; pixels of all slides of the cohort, test slides too, are in the training data.
 
 ## Intended use
 

@@ -13,8 +13,10 @@ import logging
 import os
 import pickle
 import signal
+import struct
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,11 @@ logger = logging.getLogger(__name__)
 
 FINISHED = "finished.pt"
 STALE_SECONDS = 3600  # a half-written file of this age has lost its writer
-DAMAGED = (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile)
+# What zip and unpickling raise on bytes that are not those that were written.
+DAMAGED = (
+    *(RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, zlib.error),
+)
 
 
 class Part(Protocol):

@@ -37,9 +37,13 @@ class Ranks:
         return self.rank == 0
 
     def share(self, rows: list[int], passes: int) -> list[list[int]]:
-        """This rank's part of a batch, for each of `passes` passes."""
-        stride = self.count * passes
-        return [rows[self.rank + self.count * at :: stride] for at in range(passes)]
+        """This rank's part of a batch, for each of `passes` passes.
+
+        A pass holds the same patches whatever the number of ranks.
+        """
+        ends = [at * len(rows) // passes for at in range(passes + 1)]
+        parts = [rows[begin:end] for begin, end in zip(ends, ends[1:], strict=False)]
+        return [part[self.rank :: self.count] for part in parts]
 
     def with_norms(self, encoder: nn.Module) -> nn.Module:
         """`encoder` with batch norms that see the rows of all ranks.

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.amp import GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common import backbones, cache, fingerprint, optimizer, params
 from stages.common.schedules import cosine, warmup_cosine
@@ -66,6 +68,7 @@ class PretrainParams:
         for name in ("weight_decay", "final_weight_decay", "clip_norm", "workers", "token_px"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require("learning_rate", self.learning_rate > 0, "above 0")
+        self._require("final_learning_rate", self.final_learning_rate >= 0, "0 or more")
         self._require("drop_path", 0 <= self.drop_path < 1, "from 0 to below 1")
         below = f"from 0 to below epochs, {self.epochs}"
         self._require("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, below)
@@ -123,11 +126,26 @@ def check_views(settings: PretrainParams, policies: list[ViewPolicy]) -> None:
         ValueError: see above.
     """
     for policy in policies:
-        if policy.crop_px % max(settings.token_px, 1):
+        if policy.views and policy.crop_px % max(settings.token_px, 1):
             raise ValueError(
                 f"params.yaml: pretrain.{settings.method} asks for views of {policy.crop_px} px: "
                 f"they must be a multiple of pretrain.token_px, {settings.token_px}"
             )
+
+
+def check_encoder(settings: PretrainParams, encoder: nn.Module) -> None:
+    """Refuse what would count a batch norm's statistics twice.
+
+    Raises:
+        ValueError: see above.
+    """
+    norms = any(isinstance(one, _BatchNorm) for one in encoder.modules())
+    if settings.gradient_checkpointing and norms:
+        raise ValueError(
+            f"params.yaml: pretrain.gradient_checkpointing is true: {settings.backbone} has batch "
+            "norms, whose running statistics would move twice a step; set it to false and raise "
+            "pretrain.accumulate"
+        )
 
 
 def check_batch(settings: PretrainParams, views: int, devices: int) -> None:
@@ -156,7 +174,7 @@ def provenance(
     """What decides the weights; `run` is the digest of it all.
 
     The number of processes is no part of it: a run may go on with more or fewer, and then ends with
-    the same weights up to rounding.
+    the same weights up to rounding, unless paths are dropped: which ones differs then.
     """
     decisive = {name: value for name, value in asdict(settings).items() if name not in INDIFFERENT}
     decisive = {**asdict(top), "pretrain": {**decisive, settings.method: asdict(of_method)}}

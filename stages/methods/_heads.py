@@ -18,7 +18,13 @@ class BatchNorm(nn.BatchNorm1d):
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if not self.training or ranks == 1:
             return super().forward(rows)
-        count = ranks * len(rows)
+        with torch.autocast(rows.device.type, enabled=False):
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            return self._over_ranks(rows.to(wide), ranks * len(rows))
+
+    def _over_ranks(
+        self, rows: Float[Tensor, "batch dim"], count: int
+    ) -> Float[Tensor, "batch dim"]:
         mean = all_reduce(rows.sum(0)) / count
         variance = all_reduce((rows - mean).square().sum(0)) / count
         self._remember(mean.detach(), variance.detach() * count / max(count - 1, 1))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from stages.common.views import ViewPolicy
 
 
@@ -18,6 +20,19 @@ class Pair:
     gray: float  # chance of losing the colours (0.2)
     blur: tuple[float, float]  # chance for first and second view (SimCLR 0.5, 0.5; others 1, 0.1)
     solarize: float  # chance that the second view's bright pixels are inverted (SimCLR 0, 0.2)
+
+    @staticmethod
+    def check(views: list[Tensor], method: str) -> None:
+        """Refuse a pass of one patch, in which there is nothing to compare it with.
+
+        Raises:
+            ValueError: see above.
+        """
+        if len(views[0]) < 2:
+            raise ValueError(
+                f"pretrain.method {method} compares the patches of a pass, and each process has "
+                f"{len(views[0])} in one: raise pretrain.batch or lower pretrain.accumulate"
+            )
 
     def policies(self, image_px: int) -> list[ViewPolicy]:
         """One policy for each of the two views."""

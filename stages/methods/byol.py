@@ -68,6 +68,7 @@ class BYOL(nn.Module):
         keys: Int64[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
         """2 - 2 cos of prediction and target, for either view as the target, summed."""
+        Pair.check(views, "byol")
         embedding = [self.online[0](view) for view in views]  # a batch norm sees one view at once
         predicted = [self.predictor(self.online[1](one)) for one in embedding]
         with torch.no_grad():

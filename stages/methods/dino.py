@@ -55,7 +55,8 @@ class Params:
 
     def __post_init__(self) -> None:
         """Refuse values that the loss and the schedules cannot have."""
-        for name in ("prototypes", "hidden_dim", "bottleneck_dim"):
+        require("dino", "prototypes", self.prototypes, 2, math.inf)
+        for name in ("hidden_dim", "bottleneck_dim"):
             require("dino", name, getattr(self, name), 1, math.inf)
         for name in ("teacher_temperature_start", "teacher_temperature"):
             require("dino", name, getattr(self, name), 1e-6, math.inf)
@@ -178,6 +179,8 @@ class DINO(nn.Module):
             self.token_loss.move_center()
         if progress < self.params.freeze_prototypes:
             self.student.head.prototypes.weight.grad = None
+            if self.token_loss is not None:
+                self.student.token_head.prototypes.weight.grad = None
 
     def after_step(self, progress: float) -> None:
         """Equation 2: the teacher's parameters move towards the student's."""
@@ -204,14 +207,19 @@ class DINO(nn.Module):
         logits, embedding = self._seen
         temperature = self.teacher_temperature(progress)
         outputs = ((logits.float() - self.loss.center) / temperature).softmax(-1).flatten(0, 1)
-        return {
+        found = {
             "momentum": self.momentum(progress),
             "teacher_temperature": temperature,
             "teacher_entropy": _relative_entropy(outputs).mean().item(),
-            "prototypes_entropy": _relative_entropy(outputs.mean(0)).item(),
             "center_norm": self.loss.center.norm().item(),
+        }
+        if logits.shape[1] == 1:  # one patch says nothing of how patches differ
+            return found
+        spread = {
+            "prototypes_entropy": _relative_entropy(outputs.mean(0)).item(),
             "embedding_std": _health.embedding_std(embedding),
         }
+        return found | spread
 
 
 def _relative_entropy(outputs: Float[Tensor, "*row prototype"]) -> Float[Tensor, "*row"]:

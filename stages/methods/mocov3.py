@@ -75,6 +75,7 @@ class MoCoV3(nn.Module):
         keys: Int64[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
         """The contrast of both views' queries with the other view's keys, summed."""
+        Pair.check(views, "mocov3")
         embedding = [self.query[0](view) for view in views]  # a batch norm sees one view at once
         query = [self.predictor(self.query[1](one)) for one in embedding]
         with torch.no_grad():

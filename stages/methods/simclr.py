@@ -53,6 +53,7 @@ class SimCLR(nn.Module):
         keys: Int64[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
         """NT-Xent of the two views, in nats."""
+        Pair.check(views, "simclr")
         embedding = self.encoder(torch.cat(views))
         projection = self.projector(embedding)
         self._seen = projection.detach(), embedding.detach()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -402,3 +403,10 @@ def test_digest_of_weights_leaves_out_what_is_resampled_or_ours():
     with torch.no_grad():
         model.norm.bias += 1
     assert weights.digest(model) != before
+
+
+def test_refuses_to_begin_from_what_dvc_empties(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="init_from is data.pretrain.pretrained: DVC empties"):
+        backbones._check_place(Path("data/pretrain/pretrained"))
+    backbones._check_place(Path("encoders/first"))

@@ -57,3 +57,10 @@ def test_learning_rate_is_in_proportion_to_the_batch():
 def test_rejects_settings_with_which_nothing_trains(values, message):
     with pytest.raises(ValueError, match=message):
         changed(**values)
+
+
+def test_rejects_recomputing_batch_statistics():
+    settings = changed(gradient_checkpointing=True)
+    training.check_encoder(settings, torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="gradient_checkpointing is true: .* has batch norms"):
+        training.check_encoder(settings, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))

@@ -230,7 +230,7 @@ def test_masks_depend_on_the_key_alone_and_cover_their_share():
         ("simclr", {"temperature": 0.0}, "pretrain.simclr.temperature is 0.0: it must be 1e-06"),
         ("byol", {"momentum": 1.5}, "pretrain.byol.momentum is 1.5: it must be from 0 to 1"),
         ("mocov3", {"hidden_dim": 0}, "pretrain.mocov3.hidden_dim is 0: it must be 1 or more"),
-        ("dino", {"prototypes": 0}, "pretrain.dino.prototypes is 0: it must be 1 or more"),
+        ("dino", {"prototypes": 0}, "pretrain.dino.prototypes is 0: it must be 2 or more"),
         ("dino", {"koleo_weight": -1.0}, "pretrain.dino.koleo_weight is -1.0"),
     ],
 )
@@ -245,6 +245,31 @@ def test_rejects_masks_of_all_or_nothing(share):
         Masking(1.0, 0.5, share)
 
 
+@pytest.mark.parametrize("name", ["simclr", "mocov3", "byol"])
+def test_rejects_a_pass_of_one_patch(name):
+    method = build(name)
+    alone = [view[:1] for view in views(method)]
+    with pytest.raises(ValueError, match=f"pretrain.method {name} compares .* has 1 in one"):
+        method(alone, 0.0, KEYS[:1])
+
+
+def test_dino_says_nothing_of_how_patches_differ_where_a_pass_holds_one():
+    method = build("dino")
+    method([view[:1] for view in views(method)], 0.3, KEYS[:1])
+    found = method.monitor(0.3)
+    assert "teacher_entropy" in found
+    assert not {"embedding_std", "prototypes_entropy"} & found.keys()
+
+
+def test_prototypes_of_both_heads_stay_as_drawn_at_first():
+    method = build("dino with tokens")
+    method(views(method), 0.0, KEYS).backward()
+    method.after_backward(0.0)
+    student = method.student
+    assert student.head.prototypes.weight.grad is None
+    assert student.token_head.prototypes.weight.grad is None
+
+
 def head() -> nn.Module:
     torch.manual_seed(2)
     return perceptron([6, 5, 3], bias=True, norm_last=True).double()
@@ -255,6 +280,8 @@ def _rank(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     rows = torch.randn(8, 6, dtype=torch.float64)[rank::2].requires_grad_()
     network = head()
+    with torch.autocast("cpu", torch.bfloat16):
+        BatchNorm(6)(torch.ones(4, 6, dtype=torch.bfloat16))  # heads of 16 bits work too
     out = network(rows)
     (out**3).sum().backward()
     grads = [value.grad for value in network.parameters()]

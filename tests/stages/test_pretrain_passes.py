@@ -206,5 +206,5 @@ def test_rejects_a_batch_that_cannot_be_dealt_out(source, monkeypatch, values, p
 
 
 def test_rejects_no_prototypes():
-    with pytest.raises(ValueError, match=r"pretrain\.dino\.prototypes is 0: it must be 1 or more"):
+    with pytest.raises(ValueError, match=r"pretrain\.dino\.prototypes is 0: it must be 2 or more"):
         dataclasses.replace(DINO, prototypes=0)

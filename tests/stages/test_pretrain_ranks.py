@@ -47,10 +47,10 @@ def test_ranks_share_a_batch_evenly():
     rows = list(range(24))
     group = [Ranks(rank, 3, torch.device("cpu")) for rank in range(3)]
     shares = [ranks.share(rows, 2) for ranks in group]
-    assert shares[1] == [[1, 7, 13, 19], [4, 10, 16, 22]]
-    assert sorted(row for share in shares for part in share for row in part) == rows
-    for ranks, share in zip(group, shares, strict=True):
-        assert sorted(share[0] + share[1]) == rows[ranks.rank :: 3]
+    assert shares[1] == [[1, 4, 7, 10], [13, 16, 19, 22]]
+    for at in range(2):  # what a pass holds does not depend on the number of ranks
+        held = sorted(row for share in shares for row in share[at])
+        assert held == Ranks(0, 1, torch.device("cpu")).share(rows, 2)[at]
 
 
 @pytest.mark.slow
