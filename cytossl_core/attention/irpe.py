@@ -1,13 +1,39 @@
 """Image relative position encoding: which row of a table serves each pair of tokens."""
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from cytossl_core.attention.tracing import transformed
 
 METHODS = ("product", "euclidean", "quantization", "cross")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What ids were made from."""
+
+    height: int
+    width: int
+    special_tokens: int
+    method: str
+    ratio: float
+    count: int  # buckets
+    version: int  # of the tensor, which grows when someone writes into it
+
+
+_ORIGINS = WeakTensorKeyDictionary()
+
+
+def origin(ids: Int64[Tensor, "token token"]) -> Origin | None:
+    """What `irpe_buckets` made these ids from; None for others, or if they were changed since."""
+    made = _ORIGINS.get(ids)
+    return made if made is not None and made.version == ids._version else None
 
 
 def irpe_buckets(
@@ -40,7 +66,8 @@ def irpe_buckets(
         ids, `ids[i, j]` being the table row for query i and key j, and the number of buckets.
 
     Raises:
-        ValueError: an unknown method, an empty grid, a ratio not above 0, negative special_tokens.
+        ValueError: an unknown method, an empty grid, a ratio not above 0 or infinite, negative
+            special_tokens.
 
     Source:
         Wu et al. 2021, Rethinking and Improving Relative Position Encoding for Vision
@@ -89,8 +116,8 @@ def _check(height: int, width: int, method: str, ratio: float, special_tokens: i
         raise ValueError(f"iRPE method is {method!r}: choose one of {', '.join(METHODS)}")
     if height < 1 or width < 1:
         raise ValueError(f"token grid is {height} x {width}: both sides must be at least 1")
-    if not ratio > 0:
-        raise ValueError(f"iRPE ratio is {ratio}: it must be above 0 (1.9 in the paper)")
+    if not 0 < ratio < math.inf:
+        raise ValueError(f"iRPE ratio is {ratio}: it must be above 0 and finite (1.9 in the paper)")
     if special_tokens < 0:
         raise ValueError(f"special_tokens is {special_tokens}: it must be 0 or more")
 
@@ -130,14 +157,22 @@ def _distance(down: int, right: int, power: float) -> int:
 
 @torch.compiler.assume_constant_result
 def _constant_ids(*key) -> Tensor:
-    """The ids, from the cache unless torch.export traces, whose fake tensors must not enter it."""
-    tracing = type(torch.empty(0)) is not Tensor
-    return _ids(*key) if tracing else _cached_ids(*key)
+    """The ids, from the cache unless what is made here is fake or wrapped and must not enter it."""
+    if transformed() or type(torch.empty(0)) is not Tensor:
+        return _ids(*key)
+    if origin(_cached_ids(*key)) is None:  # someone wrote into them
+        _cached_ids.cache_clear()
+    return _cached_ids(*key)
 
 
 @lru_cache(maxsize=16)
 def _cached_ids(*key) -> Tensor:
-    return _ids(*key)
+    with torch.inference_mode(False):  # training may follow an evaluation
+        ids = _ids(*key)
+    height, width, method, ratio, special_tokens, _ = key
+    count = bucket_count(method, ratio, special_tokens)
+    _ORIGINS[ids] = Origin(height, width, special_tokens, method, ratio, count, ids._version)
+    return ids
 
 
 def _ids(

@@ -88,6 +88,7 @@ def test_cross_is_a_row_table_plus_a_column_table():
     [
         ({"method": "polar"}, "iRPE method is 'polar': choose one of product, euclidean"),
         ({"ratio": 0.0}, "iRPE ratio is 0.0: it must be above 0"),
+        ({"ratio": float("inf")}, "iRPE ratio is inf: it must be above 0 and finite"),
         ({"special_tokens": -1}, "special_tokens is -1: it must be 0 or more"),
         ({"height": 0}, "token grid is 0 x 3"),
     ],
