@@ -1,14 +1,14 @@
 """SRAttention: the layer that takes the place of timm's Attention."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from cytossl_core.attention.functional import sr_attention
-from cytossl_core.attention.inputs import Inputs, check
+from cytossl_core.attention.functional import check_backend, sr_attention, without_autocast
+from cytossl_core.attention.grid import ToldGrid, token_grid
+from cytossl_core.attention.inputs import Inputs, check, check_fits, check_topk
 from cytossl_core.attention.irpe import cross_table, irpe_buckets, table_rows
 from cytossl_core.attention.reference import reference_weights
 
@@ -25,7 +25,9 @@ class SRAttention(nn.Module):
     """Multi-head attention with top-h selection and image relative position encoding.
 
     Arguments up to `norm_layer` are those of timm's Attention, and so are `qkv`, `proj`, their
-    weights' names and the call; with topk=None and tables at zero the numbers are too.
+    weights' names and the call; with topk=None and tables at zero the numbers are too. The token
+    grid is told by the model after `with_sr_attention`; a layer used alone takes `.grid`, and where
+    that is None its tokens as a square.
 
     Args:
         dim: Width of the tokens.
@@ -52,8 +54,8 @@ class SRAttention(nn.Module):
         dtype: Of the parameters.
 
     Raises:
-        ValueError: sizes that do not divide, topk below 1, an unknown irpe or method; in the call
-            a token count that is neither square nor that of `grid`.
+        ValueError: sizes that do not divide, topk below 1, an unknown irpe, method or backend; in
+            the call tokens that are no [batch, token, dim], or that do not fill the grid.
 
     Source:
         Cyto-SSL, SR-Transformer, equations 3 to 9; "bias" is iRPE's other mode.
@@ -84,14 +86,16 @@ class SRAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if attn_head_dim is None and dim % num_heads:
-            raise ValueError(f"dim is {dim}: it must be a multiple of num_heads, {num_heads}")
+        _check_heads(dim, num_heads, attn_head_dim)
+        check_topk(topk)
+        check_backend(backend)
         made = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.head_dim = attn_head_dim or dim // num_heads
+        self.head_dim = dim // num_heads if attn_head_dim is None else attn_head_dim
         self.attn_dim = num_heads * self.head_dim
         self.scale = self.head_dim**-0.5
-        self.grid: tuple[int, int] | None = None  # None: square, from the token count
+        self.grid: tuple[int, int] | None = None  # of a layer used alone; None: a square
+        self.told: ToldGrid | None = None  # by the model, see with_sr_attention
         self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **made)
         self.q_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim, **made) if qk_norm else nn.Identity()
@@ -105,10 +109,6 @@ class SRAttention(nn.Module):
         self._make_tables(num_heads if not shared_head else 1, made)
 
     def _make_tables(self, heads: int, made: dict) -> None:
-        if self.topk is not None and self.topk < 1:
-            raise ValueError(
-                f"topk is {self.topk}: it must be 1 or more, or None for dense attention"
-            )
         if self.irpe not in TABLES:
             raise ValueError(f"irpe is {self.irpe!r}: choose one of {', '.join(TABLES)}")
         irpe_buckets(1, 1, **self._buckets)  # an unknown method or ratio is refused here
@@ -117,6 +117,10 @@ class SRAttention(nn.Module):
             size = shape if name != "bias" else (*shape[:2], 1)
             table = nn.Parameter(torch.zeros(size, **made)) if name in TABLES[self.irpe] else None
             self.register_parameter(f"table_{name}", table)
+
+    def extra_repr(self) -> str:
+        """What torch's repr of a model shows."""
+        return f"topk={self.topk}, irpe={self.irpe!r}, special_tokens={self.special_tokens}"
 
     @property
     def _buckets(self) -> dict:
@@ -151,10 +155,12 @@ class SRAttention(nn.Module):
         query, key, value = self._project(x)
         inputs = Inputs(query, key, value, dropout=0.0, **self._position(query, None, False))
         check(inputs)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(query):
             return reference_weights(inputs.in_float32())
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if x.ndim != 3:
+            raise ValueError(f"tokens are {tuple(x.shape)}: they must be [batch, token, dim]")
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
@@ -177,24 +183,16 @@ class SRAttention(nn.Module):
         return cross_table(table, self.special_tokens)
 
     def _ids(self, query: Tensor) -> Int64[Tensor, "token token"]:
-        height, width = token_grid(query.shape[2], self.special_tokens, self.grid)
+        height, width = token_grid(query.shape[2], self.special_tokens, self.grid, self.told)
         return irpe_buckets(height, width, **self._buckets, device=query.device)[0]
 
 
-def token_grid(token: int, special_tokens: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the grid that `token` tokens hold, after the special ones."""
-    count = token - special_tokens
-    side = math.isqrt(max(count, 0))
-    if grid is None and side > 0 and side**2 == count:
-        return side, side
-    if grid is not None and grid[0] * grid[1] == count:
-        return grid
-    found = f"attention has {count} tokens after {special_tokens} special tokens"
-    if grid is not None:
-        raise ValueError(
-            f"{found}, not the {grid[0]} x {grid[1]} of .grid: set .grid anew, or None"
-        )
-    raise ValueError(f"{found}, not a square grid: set SRAttention.grid to (height, width)")
+def _check_heads(dim: int, num_heads: int, attn_head_dim: int | None) -> None:
+    for name, count in (("num_heads", num_heads), ("attn_head_dim", attn_head_dim)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} is {count}: it must be 1 or more")
+    if attn_head_dim is None and dim % num_heads:
+        raise ValueError(f"dim is {dim}: it must be a multiple of num_heads, {num_heads}")
 
 
 def additive(attn_mask: Tensor | None, is_causal: bool, query: Tensor) -> Tensor | None:
@@ -206,7 +204,9 @@ def additive(attn_mask: Tensor | None, is_causal: bool, query: Tensor) -> Tensor
         attn_mask = torch.ones(token, token, dtype=torch.bool, device=query.device).tril()
     if attn_mask is None:
         return None
-    if attn_mask.dtype == torch.bool:
+    if attn_mask.dtype != torch.bool:
+        check_fits("attn_mask", attn_mask, query)
+    else:
         removed = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = removed.masked_fill(~attn_mask, -torch.inf)
     return attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)

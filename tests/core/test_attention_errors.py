@@ -26,7 +26,11 @@ def call(token=10, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"topk": 0}, "topk is 0: it must be 1 or more, or None"),
+        ({"topk": 0}, "topk is 0: it must be a whole number of 1 or more, or None"),
+        ({"topk": 2.5}, "topk is 2.5: it must be a whole number"),
+        ({"topk": True}, "topk is True: it must be a whole number"),
+        ({"bias": torch.zeros(1, 1, 1, 10).double()}, "bias is torch.float64 and query torch.flo"),
+        ({"value": torch.zeros(2, 3, 10, 5, device="meta")}, "query, key and value are on cpu, me"),
         ({"key": torch.zeros(2, 3, 11, 5)}, r"shapes \(2, 3, 10, 5\), \(2, 3, 11, 5\) and"),
         ({"query": torch.zeros(2, 10, 5)}, r"must be one non-empty \[batch, head, token, head_d"),
         ({"value": torch.zeros(2, 3, 10, 5).half()}, "torch.float32 and torch.float16: they must"),
@@ -51,14 +55,47 @@ def test_rejects_integers():
 
 def test_rejects_tables_of_another_bucket_count():
     ids, count = irpe_buckets(3, 3)
-    with pytest.raises(ValueError, match="table_v has 49 buckets, but the ids of a grid of 9 t"):
+    with pytest.raises(ValueError, match="table_v has 49 buckets, but ids of a 3 x 3 grid with 1"):
         call(buckets=ids, table_k=torch.zeros(1, count, 5), table_v=torch.zeros(1, 49, 5))
 
 
 def test_rejects_tables_of_unequal_bucket_counts():
     ids, count = irpe_buckets(3, 3)
     with pytest.raises(ValueError, match="bucket counts are {'table_k': 50, 'table_v': 51}: size"):
-        call(buckets=ids, table_k=torch.zeros(1, count, 5), table_v=torch.zeros(1, 51, 5))
+        call(buckets=ids + 0, table_k=torch.zeros(1, count, 5), table_v=torch.zeros(1, 51, 5))
+
+
+def test_rejects_larger_tables_than_the_ids_of_a_grid_have():
+    ids, _ = irpe_buckets(2, 4, special_tokens=2, method="euclidean", ratio=3.0)
+    message = (
+        r"table_k has 15 buckets, but ids of a 2 x 4 grid with 2 special tokens \(method "
+        r"euclidean, ratio 3.0\) have 14: size it by irpe_buckets"
+    )
+    with pytest.raises(ValueError, match=message):
+        call(buckets=ids, table_k=torch.zeros(1, 15, 5))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("topk", [3, 9, None])
+def test_rejects_float64_beside_float32_on_every_path(backend, topk):
+    ids, count = irpe_buckets(3, 3)
+    arguments = {"buckets": ids, "topk": topk, "backend": backend}
+    with pytest.raises(ValueError, match="table_k is torch.float64 and query torch.float32: floa"):
+        call(table_k=torch.zeros(1, count, 5).double(), **arguments)
+    query = torch.zeros(2, 3, 10, 5).double()
+    arguments |= {"query": query, "key": query, "value": query}
+    with pytest.raises(ValueError, match="table_k is torch.float32 and query torch.float64: floa"):
+        call(table_k=torch.zeros(1, count, 5), **arguments)
+
+
+def test_rejects_tables_of_whole_numbers_or_on_another_device():
+    ids, count = irpe_buckets(3, 3)
+    with pytest.raises(ValueError, match="table_q is torch.int64: it must be floating point"):
+        call(buckets=ids, table_q=torch.zeros(1, count, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="table_q is on meta and query on cpu: move one"):
+        call(buckets=ids, table_q=torch.zeros(1, count, 5, device="meta"))
+    with pytest.raises(ValueError, match="buckets are on meta and query on cpu: give irpe_buckets"):
+        call(buckets=ids.to("meta"), table_q=torch.zeros(1, count, 5))
 
 
 def test_rejects_triton_where_it_cannot_run():
@@ -86,12 +123,38 @@ def test_rejects_tables_of_another_width():
         ({"topk": 0}, "topk is 0"),
         ({"irpe": "kv"}, "irpe is 'kv': choose one of none, k, qk, qkv, bias"),
         ({"method": "polar"}, "iRPE method is 'polar'"),
+        ({"topk": 1.5}, "topk is 1.5: it must be a whole number"),
+        ({"backend": "cuda"}, "backend is 'cuda': choose one of auto"),
+        ({"num_heads": 0}, "num_heads is 0: it must be 1 or more"),
+        ({"num_heads": -3}, "num_heads is -3: it must be 1 or more"),
+        ({"attn_head_dim": 0}, "attn_head_dim is 0: it must be 1 or more"),
+        ({"ratio": float("inf")}, "iRPE ratio is inf"),
         ({"num_heads": 4}, "dim is 15: it must be a multiple of num_heads, 4"),
     ],
 )
 def test_layer_rejects(changes, message):
     with pytest.raises(ValueError, match=message):
         SRAttention(15, **{"num_heads": 3} | changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((10, 15), r"tokens are \(10, 15\): they must be \[batch, token, dim\]"),
+        ((1, 3, 15), "attention has 3 tokens, and 3 of them would be special: give it more"),
+        ((1, 2, 15), "attention has 2 tokens, and 3 of them would be special: give it more"),
+    ],
+)
+def test_layer_rejects_tokens_without_a_grid(shape, message):
+    with pytest.raises(ValueError, match=message):
+        SRAttention(15, num_heads=3, special_tokens=3)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float64])
+def test_layer_rejects_masks_that_are_neither_bool_nor_scores(dtype):
+    mask = torch.ones(10, 10, dtype=dtype)
+    with pytest.raises(ValueError, match=f"attn_mask is {dtype}.*: "):
+        SRAttention(15, num_heads=3)(torch.zeros(1, 10, 15), attn_mask=mask)
 
 
 def test_layer_rejects_a_mask_beside_causal():

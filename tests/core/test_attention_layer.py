@@ -113,6 +113,32 @@ def test_bias_mode_adds_one_number_per_bucket_to_the_scores():
     torch.testing.assert_close(layer(x), layer.proj(out.transpose(1, 2).reshape(2, 10, 15)))
 
 
+@pytest.mark.parametrize("irpe", ["bias", "qkv"])
+def test_a_removed_key_is_as_if_it_were_not_there(irpe):
+    """Also where it has by far the largest score: -inf, and no large number."""
+    layer = filled(SRAttention(15, num_heads=3, topk=4, irpe=irpe))
+    x = torch.randn(2, 10, 15)
+    x[:, 9] *= 1e4
+    query, key, value = layer.qkv(x).view(2, 10, 3, 3, 5).permute(2, 0, 3, 1, 4)
+    removed = torch.zeros(2, 1, 1, 10)
+    removed[..., 9] = -torch.inf
+    tables = {f"table_{name}": getattr(layer, f"table_{name}") for name in "qkv"}
+    ids, bias = irpe_buckets(3, 3)[0], removed
+    if irpe == "bias":
+        bias, ids = removed + layer.table_bias[:, ids, 0], None
+    out = sr_attention(
+        query, key, value, topk=4, bias=bias, buckets=ids, **tables, backend="reference"
+    )
+    expected = layer.proj(out.transpose(1, 2).reshape(2, 10, 15))
+    found = layer(x, attn_mask=removed == 0)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(layer(x, attn_mask=removed), expected)
+    grad = torch.autograd.grad(found[:, :9].sum(), layer.qkv.weight)[0]
+    assert grad.isfinite().all()
+    x[:, 9] = torch.randn(2, 15)
+    assert torch.equal(layer(x, attn_mask=removed == 0)[:, :9], found[:, :9])
+
+
 def test_cross_uses_the_sum_of_its_two_tables():
     layer = filled(SRAttention(15, num_heads=3, topk=4, irpe="k", method="cross"))
     same = SRAttention(15, num_heads=3, topk=4, irpe="k")
@@ -161,12 +187,6 @@ def test_a_grid_that_is_not_square_is_told_to_the_layer():
         layer(torch.randn(1, 13, 15))
 
 
-def test_a_model_of_one_image_size_tells_its_grid():
-    model = with_sr_attention(vit(VITS[0][0], img_size=(32, 96), depth=2))
-    assert model.blocks[0].attn.grid == (2, 6)
-    assert model(torch.randn(1, 3, 32, 96)).shape == (1, 7)
-
-
 def test_state_survives_a_round_trip():
     layer = filled(SRAttention(15, num_heads=3, topk=4))
     x = torch.randn(2, 10, 15)
@@ -204,6 +224,20 @@ def test_bfloat16_autocast_is_close_to_float32():
     torch.testing.assert_close(out.float(), layer(x), atol=3e-2, rtol=3e-2)
 
 
+def test_norms_that_return_float32_leave_the_dtype_of_the_values():
+    layer = SRAttention(15, num_heads=3, topk=4, qk_norm=True)
+    seen = []
+    layer.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer.q_norm(torch.randn(2, 5)).dtype == torch.float32
+        assert layer(torch.randn(2, 10, 15)).dtype == torch.bfloat16
+    assert seen == [torch.bfloat16]
+
+
+def test_repr_tells_the_selection_and_the_tables():
+    assert "topk=4, irpe='qk', special_tokens=1" in repr(SRAttention(15, 3, topk=4, irpe="qk"))
+
+
 def test_half_precision_weights_work():
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         layer = SRAttention(15, num_heads=3, topk=4).to(dtype)
@@ -234,7 +268,7 @@ images = torch.randn(2, 3, 64, 64)
 exported = torch.export.export(model, (images,)).module()
 torch.testing.assert_close(exported(images), model(images))
 compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-for side in (64, 96):
+for side in (64, 96, 80):
     images = torch.randn(2, 3, side, side)
     torch.testing.assert_close(compiled(images), model(images))
     found, expected = (
@@ -242,11 +276,19 @@ for side in (64, 96):
     )
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+images = torch.randn(2, 3, 32, 128)  # as many tokens as 64 x 64
+torch.testing.assert_close(compiled(images), model(images))
+layer = model.blocks[0].attn
+layer.told = None
+compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+for side in (6, 7, 5):
+    tokens = torch.randn(2, side**2 + 1, 192)
+    torch.testing.assert_close(compiled(tokens), layer(tokens))
 """
 
 
 @pytest.mark.slow
-def test_exports_and_compiles_whole_at_two_resolutions():
+def test_exports_and_compiles_whole_at_several_grids():
     """In a process of its own: pytest's shape checks wrap what a compiler must see."""
     command = [sys.executable, "-W", "error::UserWarning", "-c", COMPILED]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
