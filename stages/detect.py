@@ -30,7 +30,7 @@ from stages.detectors import Detection, Detector, _batches, _overlay
 logger = logging.getLogger(__name__)
 
 # Params of detectors that are not in the cache key: where the weights lie (their content is in the
-# version), and where and how many at once they run, which changes figures by rounding only.
+# version), how many at once they run, and which device (its kind is in the key: GPUs use 16 bits).
 INDIFFERENT = frozenset({"weights", "sha256", "device", "batch_tiles"})
 
 
@@ -69,7 +69,11 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
         [_job(name, source / name, settings, own) for name in names],
         target,
         code=("stages.detect", plugin.__name__),
-        settings={**decisive, "version": detector.version},
+        settings={
+            **decisive,
+            "version": detector.version,
+            "device": detector.device.split(":")[0],
+        },
         processes=devices.count() if detector.device.startswith("cuda") else None,
         unit="patches",
     )
