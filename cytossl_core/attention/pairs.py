@@ -5,20 +5,17 @@ numpy selects about three times faster than torch; without it, torch does.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-try:
-    import numpy
-except ImportError:  # torch itself works without
-    numpy = None
-
 from cytossl_core.attention.inputs import Inputs
 from cytossl_core.attention.sparse import table_scores
 
+HAS_NUMPY = find_spec("numpy") is not None  # torch itself works without
 CHUNK = 2**20  # scores at a time: 4 MB in float32, which stays in cache
 
 
@@ -130,7 +127,7 @@ def _select_part(x: Inputs) -> tuple[Tensor, Tensor, Tensor, int]:
 
 def _largest(scores: Float[Tensor, "row key"], topk: int) -> Float[Tensor, " row"]:
     """Per row, the topk-th largest score, NaN being the largest."""
-    if numpy is None:
+    if not HAS_NUMPY:
         return scores.topk(topk).values[:, -1]
     ordered = scores.clone()
     ordered.numpy().partition(-topk, axis=-1)  # vectorised; NaN goes last
