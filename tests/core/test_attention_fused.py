@@ -3,61 +3,33 @@
 import os
 import subprocess
 import sys
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from cytossl_core.attention import fused, launch, sr_attention, sr_attention_backend
-from cytossl_core.attention.fused import fused_attention, refusal
+from cytossl_core.attention import fused
+from cytossl_core.attention.fused import fused_attention
 from cytossl_core.attention.inputs import Inputs
 from cytossl_core.attention.reference import reference_attention
 from tests.conftest import TOLERANCE
+from tests.core.fused_cases import INTERPRETED, ROOT, on, problem, run_fused
 from tests.core.test_attention import assert_same, run
 from tests.core.test_attention import problem as any_problem
 
-ROOT = Path(__file__).resolve().parents[2]
-problem = partial(any_problem, ratio=0.7)  # ten buckets: the interpreter is slow
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if fused.UNUSABLE is None:
+    from cytossl_core.attention import launch
+    from tests.core.kernels import write_keys
 
-
-@pytest.fixture
-def device():
-    if not INTERPRETED and not torch.cuda.is_available():
-        pytest.skip("no CUDA device: test_kernels_in_the_interpreter runs this in a process apart")
-    return "cpu" if INTERPRETED else "cuda"
-
-
-@pytest.fixture
-def tiled(monkeypatch):
-    """Sequences over 64 tokens take the kernel for long ones."""
-    monkeypatch.setattr(launch, "TILE_BYTES", 0)
-
-
-def on(device, x):
-    """The same inputs, as leaves, on a device."""
-    moved = {}
-    for name, value in vars(x).items():
-        if isinstance(value, torch.Tensor):
-            value = value.detach().to(device).requires_grad_(value.requires_grad)
-        moved[name] = value
-    return Inputs(**moved)
-
-
-def run_fused(x):
-    """As `run`, but kernels take half precision as it is."""
-    tensors = [x.query, x.key, x.value, *x.tables.values()]
-    out = fused_attention(x).to(x.query.dtype)
-    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    return [out, *torch.autograd.grad(out, tensors, grad)]
+FILES = (__file__, __file__.replace(".py", "_memory.py"))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
@@ -83,15 +55,71 @@ def test_fused_matches_reference_with_all_gradients(device, token, topk, heads, 
     assert_same(run_fused(on(device, x)), expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("topk", "heads"), [(7, (1, 3, 1)), (None, (0, 1, 0))])
+@pytest.mark.parametrize(("topk", "heads"), [(2, (1, 3, 1)), (65, (0, 1, 0)), (None, (0, 0, 0))])
 def test_tiled_kernel_matches_reference_with_all_gradients(device, tiled, topk, heads):
     x = problem(67, topk, heads, torch.float32, batch=1)
     expected = [t.to(device) for t in run(reference_attention, x)]
     assert_same(run_fused(on(device, x)), expected, TOLERANCE[torch.float32])
 
 
-@pytest.mark.parametrize("token", [37, 67])
-def test_padded_keys_and_rows_without_keys(device, tiled, token):
+def test_sorted_tops_select_what_bisection_selects(device, monkeypatch):
+    x = on(device, problem(17, 15, (1, 0, 0), torch.float32, batch=1))
+    with torch.no_grad():
+        x.query.round_(), x.key.round_()  # ties
+        found = fused_attention(x)
+        monkeypatch.setattr(launch, "SORTED", True)
+        launch._fitting.clear()
+        assert torch.equal(fused_attention(x), found)
+    launch._fitting.clear()
+
+
+@pytest.mark.parametrize("dim", [63, 64])
+def test_default_buckets_and_odd_widths(device, dim):
+    x = any_problem(17, 5, (1, 3, 1), torch.float32, batch=1, dim=dim)
+    assert x.table_k.shape[1] == 50
+    expected = [t.to(device) for t in run(reference_attention, x)]
+    assert_same(run_fused(on(device, x)), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_errs_as_its_digits_allow(device, dtype):
+    """Against float64 of the same inputs, float32 tables as under autocast, small gradients.
+
+    Inputs are whole parts of a small number, so that all ways select the same.
+    """
+    x = problem(37, 16, (1, 1, 1), torch.float32, batch=1, dim=64)
+    with torch.no_grad():
+        for t in (x.query, x.key, x.value, *x.tables.values()):
+            t.copy_((t * 4).round() / 4)
+        half = {
+            name: getattr(x, name).to(dtype).requires_grad_() for name in ("query", "key", "value")
+        }
+    half = on(device, replace(x, **half))
+    double = {name: t.detach().double().requires_grad_() for name, t in vars(x).items()
+              if isinstance(t, torch.Tensor) and t.is_floating_point()}  # fmt: skip
+    grad = 1e-5 * torch.randn(x.query.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    results = []
+    for path, y in ((fused_attention, half), (reference_attention, replace(x, **double))):
+        out = path(y)
+        leaves = [y.query, y.key, y.value, *y.tables.values()]
+        results.append([out, *torch.autograd.grad(out, leaves, grad.to(out))])
+    found, expected = results
+    assert found[0].dtype == found[1].dtype == dtype
+    assert found[-1].dtype == torch.float32
+    # each result meets rounding to half precision at four places: weights, out, d_score, itself;
+    # float16 steps by 6e-8 near zero, which is most of a gradient of 1e-5
+    step = 6e-8 / 3e-6 / 12**0.5 if dtype == torch.float16 else 0
+    bound = 2 * torch.finfo(dtype).eps + step
+    for a, b in zip(found, expected, strict=True):
+        error = (a.cpu().double() - b).square().mean().sqrt() / b.square().mean().sqrt()
+        assert error < bound, (tuple(a.shape), float(error), bound)
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_padded_keys_and_rows_without_keys(device, request, long):
+    token = 17 if long else 37
+    if long:
+        request.getfixturevalue("tiled")
     bias = torch.zeros(1, 1, token, token)
     bias[..., 11:] = -torch.inf  # fewer keys than h
     bias[..., 5, :] = -torch.inf
@@ -102,18 +130,62 @@ def test_padded_keys_and_rows_without_keys(device, tiled, token):
     assert torch.equal(found[0][0, :, 5], torch.zeros_like(found[0][0, :, 5]))
 
 
-@pytest.mark.parametrize("topk", [1, 16, 17])
-@pytest.mark.parametrize("token", [37, 67])
-def test_keeps_ties_and_equal_zeros_exactly(device, tiled, token, topk):
+@pytest.mark.parametrize(
+    ("token", "topk", "long"),
+    [
+        (37, 1, False),
+        (67, 16, False),
+        (67, 17, False),
+        (37, 1, True),
+        (67, 16, True),
+        (67, 65, True),
+    ],
+)
+def test_keeps_ties_and_equal_zeros_exactly(device, request, token, topk, long):
+    """Scores are products of one element, among them -0.0: no sum has made it 0.0."""
+    if long:
+        request.getfixturevalue("tiled")
     random = torch.Generator().manual_seed(3)
-    scores = torch.randint(-2, 3, (token, token), generator=random).float()
-    scores = torch.where(torch.rand(token, token, generator=random) < 0.5, scores, -scores)
-    assert (scores.view(torch.int32) == torch.tensor(-0.0).view(torch.int32)).any()
-    zero, eye = torch.zeros(1, 1, token, token), torch.eye(token)[None, None]
-    tables = (None, None, None)
-    x = Inputs(zero, zero, eye, topk, None, *tables, 1.0, scores[None, None], 0.0)
-    threshold = scores.sort(dim=1, descending=True).values[:, topk - 1, None]
-    assert torch.equal(fused_attention(on(device, x))[0, 0].cpu() > 0, scores >= threshold)
+    query = torch.tensor([1.0, -1.0]).repeat(token)[:token, None]
+    key = torch.randint(-2, 3, (token, 1), generator=random).float()
+    key = torch.where((key == 0) & (torch.arange(token)[:, None] % 2 == 0), -0.0, key)
+    scores = query @ key.T
+    eye = torch.eye(token)[None, None]
+    wide = [F.pad(t, (0, token - 1))[None, None] for t in (query, key)]
+    x = Inputs(*wide, eye, topk, None, None, None, None, -1.0, None, 0.0)
+    kept = -scores >= (-scores).sort(dim=1, descending=True).values[:, topk - 1, None]
+    assert torch.equal(fused_attention(on(device, x))[0, 0].cpu() > 0, kept)
+
+
+def test_selection_takes_both_zeros_for_one(device):
+    kinds = torch.tensor([0.0, -0.0, 1.0, -1.0]).repeat(8)[None].to(device)
+    assert (kinds.view(torch.int32) == -(2**31)).any()
+    keys = torch.zeros(1, 32, dtype=torch.int32, device=device)
+    write_keys[(1,)](kinds, keys)
+    assert keys[0, 0] == keys[0, 1] == 0
+    assert keys[0, 3] < 0 < keys[0, 2]
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 1), (0, 0, 0)])
+def test_gradients_with_ties_match(device, heads):
+    x = problem(37, 7, heads, torch.float32, batch=1)
+    with torch.no_grad():
+        for t in (x.query, x.key, *x.tables.values()):
+            t.copy_(t.round())
+    x = replace(x, scale=0.5)
+    expected = [t.to(device) for t in run(reference_attention, x)]
+    assert_same(run_fused(on(device, x)), expected, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("count", [2, 3, 9])  # fewer than h, h, and more
+def test_nan_in_a_row_keeps_what_the_reference_keeps(device, count):
+    bias = torch.zeros(1, 1, 17, 17)
+    bias[..., 5, :count] = torch.nan
+    x = problem(17, 3, (1, 0, 1), torch.float32, batch=1, bias=bias)
+    expected, found = run(reference_attention, x), run_fused(on(device, x))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.isnan().cpu(), b.isnan())
+        torch.testing.assert_close(a.nan_to_num().cpu(), b.nan_to_num())
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "table_k"])
@@ -126,144 +198,3 @@ def test_nan_is_never_dropped(device, name):
             tensor.copy_(torch.copysign(tensor, torch.tensor(-1.0)))  # a negative NaN too
         expected, found = reference_attention(x), fused_attention(on(device, x))
     assert torch.equal(found.isnan().cpu(), expected.isnan())
-
-
-def test_takes_the_layers_strides(device):
-    x = problem(37, 16, dtype=torch.float32)
-    packed = torch.stack([x.query, x.key, x.value]).permute(1, 3, 0, 2, 4).contiguous().to(device)
-    query, key, value = packed.permute(2, 0, 3, 1, 4).unbind(0)
-    assert not query.is_contiguous()
-    arguments = {"topk": 16, "buckets": x.buckets.to(device)}
-    arguments |= {name: table.to(device) for name, table in x.tables.items()}
-    found = sr_attention(query, key, value, backend="triton", **arguments)
-    expected = reference_attention(x).to(device)
-    assert_same([found], [expected], TOLERANCE[torch.float32])
-
-
-def test_same_inputs_give_the_same_bits(device):
-    x = on(device, problem(17, 7, dtype=torch.float32, batch=1))
-    for a, b in zip(run_fused(x), run_fused(x), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_an_empty_batch_stays_empty(device):
-    query = torch.zeros(0, 3, 17, 5, device=device, requires_grad=True)
-    sr_attention(query, query, query, topk=4, backend="triton").sum().backward()
-    assert query.grad.shape == (0, 3, 17, 5)
-
-
-def test_operators_tell_compilers_the_truth(device):
-    x = on(device, problem(17, 3, (0, 0, 0), torch.float32, batch=1))
-    arguments = (x.query, x.key, x.value, None, None, None, None, 0.5, 3, 0)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(torch.ops.cytossl.sr_forward, arguments, test_utils=checks)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("token", [37, 197, 257, 1025, 4097])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_sequences_on_a_gpu(token, dtype):
-    heads = (1, 1, 1) if token < 1025 else (0, 0, 0)
-    x = problem(token, 16, heads, dtype, batch=1, dim=64)
-    if dtype == torch.bfloat16:  # whole numbers, so that no two ways to add round differently
-        with torch.no_grad():
-            for tensor in (x.query, x.key):
-                tensor.round_()
-    x = on("cuda", x)
-    assert_same(run_fused(x), run(reference_attention, x), 10 * TOLERANCE[dtype])
-
-
-@pytest.mark.gpu
-def test_auto_takes_triton_on_a_gpu():
-    assert sr_attention_backend(torch.zeros(1, 3, 197, 64, device="cuda")) == "triton"
-
-
-def test_auto_takes_torch_on_a_cpu():
-    assert sr_attention_backend(torch.zeros(1, 3, 197, 64)) == "torch"
-
-
-@pytest.mark.parametrize(
-    ("changes", "why"),
-    [
-        ({}, "query is on cpu"),
-        ({"dropout": 0.1}, "dropout is 0.1"),
-        ({"query": torch.zeros(1, 1, 3, 5).double()}, "query is torch.float64"),
-        ({"query": torch.zeros(1, 1, 3, 257)}, "over 16384 tokens or a width of 256"),
-        ({"table_k": torch.zeros(1, 257, 5)}, "a table has more than 256 buckets"),
-        ({"bias": torch.zeros(1, 1, 1, 3, requires_grad=True)}, "bias requires a gradient"),
-    ],
-)
-def test_says_why_not_triton(changes, why, monkeypatch):
-    pytest.importorskip("triton")
-    if changes:
-        monkeypatch.setattr(fused, "INTERPRETED", True)
-    elif INTERPRETED:
-        pytest.skip("the interpreter works on a CPU")
-    query = torch.zeros(1, 1, 3, 5)
-    x = Inputs(query, query, query, 1, None, None, None, None, 1.0, None, 0.0)
-    assert why in refusal(Inputs(**vars(x) | changes))
-
-
-WITHOUT = """
-import sys
-sys.modules["triton"] = None
-import torch
-from cytossl_core.attention import SRAttention, sr_attention
-assert SRAttention(15, 3)(torch.randn(2, 10, 15)).shape == (2, 10, 15)
-query = torch.zeros(1, 1, 3, 5)
-try:
-    sr_attention(query, query, query, backend="triton")
-except ValueError as error:
-    assert "Triton is not installed: take 'torch' or 'auto'" in str(error), error
-else:
-    raise AssertionError
-"""
-
-
-def test_works_without_triton():
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-
-
-COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from cytossl_core.attention import kernels_backward, kernels_forward
-
-ROWS = ("query", "key", "value", "grad", "d_query", "d_key", "d_value", "bias")
-OTHERS = {"ids": "*i16", "kept": "*i32", "scale": "fp32"}
-SUMS = ("out", "lse", "hist", "q_table", "k_table", "delta", "grad_hist", "d_q_table", "d_k_table")
-
-def compile(kernel, **constants):
-    constants |= dict(HAS_K=True, HAS_Q=True, HAS_V=True, HAS_BIAS=True, BLOCK_D=64, BLOCK_C=64)
-    types = {name: "*bf16" for name in ROWS} | {name: "*fp32" for name in SUMS} | OTHERS
-    types |= {name: "constexpr" for name in constants}
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    source = ASTSource(kernel, signature, constexprs=places)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"]
-
-compile(kernels_forward.forward_whole, DENSE=False, BLOCK_M=64, BLOCK_N=64)
-compile(kernels_forward.forward_tiled, DENSE=False, BLOCK_M=32, BLOCK_N=64)
-compile(kernels_backward.backward_query, BLOCK_M=32, BLOCK_N=32)
-compile(kernels_backward.backward_key, BLOCK_M=32, BLOCK_N=32)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-def test_kernels_compile_for_a_gpu_that_is_not_there(tmp_path):
-    pytest.importorskip("triton")
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
