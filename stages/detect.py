@@ -9,9 +9,11 @@
 
 Run it with `dvc repro detect`; its settings are the `detect` section of params.yaml, those of the
 detector in `detect.<detector>`. A slide is detected anew when its patches, the detector's settings,
-code, library or the content of its weights change. Each patch stands alone: where patches overlap
-(tile.sampling grid or all, with tile.stride_px below tile.patch_px), a nucleus in the overlap is
-listed once for each patch that shows it.
+code, libraries or the content of its weights change (stages/index.py tells DVC of the latter two),
+or the layout of what is stored; not when the overlay is drawn otherwise. On a CPU each process
+holds a copy of the network (cpsam: 1.2 GB): `engine.workers` bounds their number. Each patch stands
+alone: where patches overlap (tile.sampling grid or all, with tile.stride_px below tile.patch_px), a
+nucleus in the overlap is listed once for each patch that shows it.
 """
 
 import functools
@@ -97,6 +99,8 @@ def _detector(name: str, own: Any) -> Detector:
 def make(folder: Path, job: Job) -> None:
     """Write one slide's nuclei and overlay."""
     patches = stores.open_patches(job.arguments["tiles"] / "patches.zarr")
+    if not len(patches):
+        raise ValueError(f"slide {job.slide_id} has no patches: run `dvc repro tile`")
     settings = job.arguments["params"]
     detector = _detector(settings.detector, job.arguments["own"])
     batches = _batches.of(detector, settings.batch_patches)

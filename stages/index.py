@@ -1,14 +1,19 @@
-"""Stage 0, index: what lies in the user's slide folder, by name, length and time.
+"""Stage 0, index: what DVC cannot see by itself, the user's slide folder and the detector.
 
     reads   the folder named in `cohort.folder`, when `cohort.source` is folder
-    writes  data/index/slides.csv
+            the weights of the detector that `detect.detector` names
+    writes  data/index/slides.csv      its files by name, length and time
+            data/index/detector.json   the detector, its libraries' versions, its weights' digest
 
 It runs at every `dvc repro`, in a fraction of a second, so that DVC sees a slide that was added,
-removed or replaced without reading terabytes. It finds wrong names in params.yaml too, before the
-stage that would stumble over them has cost its predecessors' time. On a machine where the folder is
-not, as after a `dvc pull`, the list stays as it was.
+removed or replaced without reading terabytes, and weights or a library that changed: weights are
+read again only when their length or time did. It finds wrong names in params.yaml too, and missing
+weights, before the stage that would stumble over them has cost its predecessors' time. On a machine
+where the folder, or the detector's weights or library, is not, as after a `dvc pull`, what was
+written of them stays. Which device the detector runs on is not looked at: that takes seconds.
 """
 
+import json
 import logging
 import os
 from pathlib import Path
@@ -21,13 +26,20 @@ logger = logging.getLogger(__name__)
 ENCODERS = ("pretrained", "untrained")  # what pretrain leaves in data/pretrain
 
 
-def main(target: Path = Path("data/index/slides.csv")) -> None:
-    """Check the names in params.yaml and list the folder's files.
+def main(target: Path = Path("data/index")) -> None:
+    """Check the names in params.yaml, list the folder's files and identify the detector.
 
     Raises:
+        FileNotFoundError: the detector's weights are missing.
+        ImportError: the detector's library is missing.
         ValueError: params.yaml names a plug-in or encoder that does not exist.
     """
     _check_names()
+    _list_slides(target / "slides.csv")
+    _identify_detector(target / "detector.json")
+
+
+def _list_slides(target: Path) -> None:
     lines = ["path,bytes,mtime_ns"]
     if params.section_of("cohort")["source"] == "folder":
         settings = params.section_of("cohort.folder")
@@ -41,6 +53,21 @@ def main(target: Path = Path("data/index/slides.csv")) -> None:
     with run.atomic(target) as temporary:
         text = "\n".join(lines) + "\n"
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _identify_detector(target: Path) -> None:
+    name = params.section_of("detect")["detector"]
+    plugin = plugins.load("detectors", name)
+    try:
+        version = plugin.identity(params.load(plugin.Params, f"detect.{name}"))
+    except (FileNotFoundError, ImportError):
+        if target.is_file() and json.loads(target.read_text("utf-8"))["detector"] == name:
+            logger.info("index: no weights or library of %s here, its version is kept", name)
+            return
+        raise
+    with run.atomic(target) as temporary:
+        text = json.dumps({"detector": name, "version": version}, indent=2) + "\n"
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _check_names() -> None:

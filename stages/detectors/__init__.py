@@ -1,4 +1,9 @@
-"""What `stages.detect` asks of a detector: `build(params)` returns one."""
+"""What `stages.detect` asks of a detector: `build(params)` returns one.
+
+`identity(params)` tells without it, and without its libraries, what its `version` would be:
+`stages.index` writes that down at every run, so that DVC sees other weights and libraries. It
+raises FileNotFoundError without weights, ImportError without the library.
+"""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +18,12 @@ class Detection:
 
     centroid_px: Float32[np.ndarray, "nuclei 2"]  # (x, y); pixel column j covers [j, j + 1)
     radius_um: Float32[np.ndarray, " nuclei"]  # of the circle of equal area, microns
-    score: Float32[np.ndarray, " nuclei"]  # 0 to 1, the more certain the higher
+    # 0 to 1, the more certain the higher; to be compared within one detector only:
+    #   hematoxylin  q / (1 + q), where q grows with its darkness, roundness and fullness
+    #   cellpose     mean over the nucleus of the logistic of the network's cell probability
+    #   cellvit      mean over the nucleus of the network's probability of a nucleus
+    #   instanseg    1.0 always: its script hands no score over
+    score: Float32[np.ndarray, " nuclei"]
     # One closed polygon a nucleus, (x, y) as above, for figures; None: the detector gives none.
     outline_px: list[Float32[np.ndarray, "point 2"]] | None = None
 

@@ -15,11 +15,15 @@ SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Batches:
-    """Runs a detector; from the first time that memory runs out, on half as many patches."""
+    """Runs a detector; from the first time that memory runs out, on half as many patches.
+
+    It halves until it fits, says so once, and stays there for all slides that follow.
+    """
 
     def __init__(self, detector: Detector, batch: int) -> None:
         self._detector = detector
         self._batch = batch
+        self._failed = 0  # patches that did not fit, until a number that fits is found
 
     def __call__(self, patches: Sequence[np.ndarray], mpp: float) -> Iterator[Detection]:
         """The nuclei of each patch.
@@ -38,9 +42,11 @@ class Batches:
             found = self._attempt(some, mpp)
             if found is None:
                 self._halve(len(some), some.shape[1])
-            else:
-                yield from found
-                begin = end
+                continue
+            if self._failed:
+                self._say()
+            yield from found
+            begin = end
 
     def _attempt(self, patches: np.ndarray, mpp: float) -> list[Detection] | None:
         """None when memory ran out. What the failed run held is free once this has returned."""
@@ -59,19 +65,23 @@ class Batches:
                 "detect.batch_patches cannot be below 1: end what else runs on it, lower "
                 "tile.patch_px, or set the detector's device to cpu"
             )
+        self._failed = self._failed or tried
         self._batch = tried // 2
+
+    def _say(self) -> None:
         logger.warning(
             "detect: %d patches at once do not fit the memory of %s: going on with %d; "
             "set detect.batch_patches to that",
-            tried,
-            device,
+            self._failed,
+            self._detector.device,
             self._batch,
         )
+        self._failed = 0
 
 
 @functools.cache
 def of(detector: Detector, batch: int) -> Batches:
-    """One a process: what it learned of the memory on one slide holds for the next."""
+    """One a process, and so one a GPU: what it learned of the memory holds for the next slide."""
     return Batches(detector, batch)
 
 

@@ -1,11 +1,10 @@
 """Nuclei measured on a label image: what every network that segments hands over."""
 
-import cv2
 import numpy as np
-from jaxtyping import Float, Float32, Integer
+from jaxtyping import Float, Integer
 from scipy.ndimage import find_objects
 
-from stages.detectors import Detection
+from stages.detectors import Detection, _outlines
 
 
 def measure(
@@ -35,7 +34,7 @@ def measure(
 
     centroid = (np.stack([mean(x), mean(y)], axis=1) + 0.5) * zoom
     outlines = [
-        _outline(dense[box] == number, box) * np.array(zoom, np.float32)
+        _outlines.of(dense[box] == number, box) * np.array(zoom, np.float32)
         for number, box in enumerate(find_objects(dense), start=1)
     ]
     return Detection(
@@ -44,15 +43,3 @@ def measure(
         (mean(score[y, x]) if score.ndim == 2 else score).astype(np.float32),
         outlines,
     )
-
-
-def _outline(mask: np.ndarray, box: tuple[slice, slice]) -> Float32[np.ndarray, "point 2"]:
-    """The edge of the largest piece of a mask, (x, y), along the edges of its pixels.
-
-    OpenCV's polygon runs through the centres of the rim's pixels. On a mask of twice the size these
-    lie a quarter of a pixel inside the edge, which is what remains of the difference.
-    """
-    fine = np.repeat(np.repeat(mask.astype(np.uint8), 2, axis=0), 2, axis=1)
-    pieces, _ = cv2.findContours(fine, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    largest = max(pieces, key=cv2.contourArea)[:, 0].astype(np.float32)
-    return (largest + 0.5) / 2 + np.array([box[1].start, box[0].start], np.float32)

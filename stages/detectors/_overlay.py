@@ -1,4 +1,8 @@
-"""A contact sheet of a slide's patches with their nuclei drawn, for people."""
+"""A contact sheet of a slide's patches with their nuclei drawn, for people.
+
+Nothing here is in the cache key of the nuclei: an edit changes the sheets of slides that are
+detected from then on, not those that are there.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +22,13 @@ FINE = 4  # bits of OpenCV's positions below the pixel
 
 
 def write(file: Path, patches: Sequence[np.ndarray], found: list[Detection], mpp: float) -> None:
-    """Write the sheet: patches from the fullest to the emptiest, in equal steps of rank."""
+    """Write the sheet: patches from the fullest to the emptiest, in equal steps of rank.
+
+    Raises:
+        ValueError: there are no patches.
+    """
+    if not found:
+        raise ValueError("there are no patches, and one is needed at least: run `dvc repro tile`")
     ranked = np.argsort([-len(one.score) for one in found], kind="stable")
     chosen = ranked[np.unique(np.linspace(0, len(ranked) - 1, SHEET_PATCHES).astype(int))]
     pictures = [_marked(patches[row], found[row], mpp) for row in chosen.tolist()]

@@ -6,12 +6,12 @@ cellpose release that knows its network: release 4 no longer ships CPnet.
 """
 
 import functools
-import hashlib
-import importlib.metadata
 import logging
 import math
+import os
 import pickle
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -21,13 +21,20 @@ import numpy as np
 from jaxtyping import UInt8
 from scipy.special import expit
 
-from stages.common import devices
-from stages.detectors import Detection
+from stages.common import devices, digests
+from stages.detectors import Detection, _identity, _scaling
 from stages.detectors._labels import measure
 from stages.detectors._patches import check
 
+VERSION = 1  # raise it when the same input gives other nuclei
+LIBRARIES = ("cellpose", "opencv-python-headless", "scipy", "torch")
 SMALLEST = 0.1  # of the area of a nucleus of diameter_um: smaller ones are dropped
+NETWORK_PX = 30  # a nucleus of diameter_um is scaled to this by cellpose
 HOME = "https://huggingface.co/mouseland/cellpose-sam"
+ANEW = (
+    f"compare its sha256 with that on the page of the file, fetch it anew from {HOME}, or set "
+    "detect.cellpose.weights"
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,15 @@ class Params:
             raise ValueError(
                 f"detect.cellpose.diameter_um is {self.diameter_um}: it must be above 0"
             )
+        if not 0 <= self.flow_threshold < math.inf:
+            raise ValueError(
+                f"detect.cellpose.flow_threshold is {self.flow_threshold}: it must be 0 or more"
+            )
+        if not math.isfinite(self.cellprob_threshold):
+            raise ValueError(
+                f"detect.cellpose.cellprob_threshold is {self.cellprob_threshold}: it must be "
+                "finite, near 0"
+            )
         if self.batch_tiles < 1:
             raise ValueError(
                 f"detect.cellpose.batch_tiles is {self.batch_tiles}: it must be 1 or more"
@@ -61,12 +77,10 @@ class _Cellpose:
         models, release = _cellpose()
         self._params = params
         self._path = _locate(params.weights, models)
-        with self._path.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        self._keys = _keys(self._path, digest)
+        self._keys = _keys(self._path)
         self._reads_colour = "W2" in self._keys
         _check_generation(self._path, self._reads_colour, release)
-        self.version = f"cellpose {release}, weights {digest}"
+        self.version = _version(self._path)
         self.device = devices.pick(params.device, "detect.cellpose")
 
     def __call__(
@@ -76,6 +90,7 @@ class _Cellpose:
         check(patches, mpp)
         if not len(patches):
             return []
+        _scaling.check(mpp, self._params.diameter_um / NETWORK_PX)
         diameter_px = self._params.diameter_um / mpp
         masks, flows, _ = self._network.eval(
             patches if self._reads_colour else _inverted_gray(patches),
@@ -104,10 +119,23 @@ class _Cellpose:
         missing = sorted(set(model.net.state_dict()) - self._keys)
         if missing:
             raise ValueError(
-                f"{self._path} lacks {missing[0]} and {len(missing) - 1} more of the network's "
-                f"weights: fetch it anew from {HOME}, or set detect.cellpose.weights"
+                f"{_named(self._path)} lacks {missing[0]} and {len(missing) - 1} more of the "
+                f"network's weights: {ANEW}"
             )
         return model
+
+
+def identity(params: Params) -> str:
+    """See `stages.detectors`; a model's name alone until cellpose has fetched its weights.
+
+    Raises:
+        ImportError: cellpose is not installed.
+    """
+    _release()
+    fetched = next((one for one in _places(params.weights) if one.is_file()), None)
+    if fetched is None:
+        return f"{_identity.of('cellpose', VERSION, LIBRARIES)}, {params.weights} not fetched"
+    return _version(fetched)
 
 
 def build(params: Params) -> _Cellpose:
@@ -125,11 +153,36 @@ def _cellpose() -> tuple[ModuleType, str]:
     try:
         from cellpose import models
     except ImportError as error:
-        raise ImportError(
-            f"the detector cellpose cannot be imported ({error}): install it by "
-            "`pip install 'cytossl[cellpose]'`, or set detect.detector to hematoxylin"
-        ) from error
-    return models, importlib.metadata.version("cellpose")
+        raise _not_installed(error) from error
+    return models, _release()
+
+
+def _release() -> str:
+    try:
+        return metadata.version("cellpose")
+    except metadata.PackageNotFoundError as error:
+        raise _not_installed(error) from error
+
+
+def _not_installed(error: Exception) -> ImportError:
+    return ImportError(
+        f"the detector cellpose cannot be imported ({error}): install it by "
+        "`pip install 'cytossl[cellpose]'`, or set detect.detector to hematoxylin"
+    )
+
+
+def _places(weights: str) -> tuple[Path, Path]:
+    """A file of that name, and where cellpose keeps the model of that name."""
+    kept = os.environ.get("CELLPOSE_LOCAL_MODELS_PATH") or Path.home() / ".cellpose" / "models"
+    return Path(weights), Path(kept) / weights
+
+
+def _version(path: Path) -> str:
+    return _identity.of("cellpose", VERSION, LIBRARIES, digests.digest_of([path]))
+
+
+def _named(path: Path) -> str:
+    return f"{path} (sha256 {digests.digest_of([path])})"
 
 
 def _locate(weights: str, models: ModuleType) -> Path:
@@ -151,19 +204,20 @@ def _locate(weights: str, models: ModuleType) -> Path:
         ) from error
 
 
-def _keys(path: Path, digest: str) -> set[str]:
+def _keys(path: Path) -> set[str]:
     """Names of the weights in a file; nothing but tensors is ever unpickled."""
     import torch
 
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name.removeprefix("module.") for name in state}
     except (RuntimeError, EOFError, pickle.UnpicklingError, TypeError, KeyError) as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{_named(path)} holds no weights ({why}): {ANEW}") from None
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(
-            f"{path} (sha256 {digest}) holds no weights ({why}): fetch it anew from {HOME}, or set "
-            "detect.cellpose.weights"
-        ) from None
+            f"{_named(path)} holds no weights by name but a {type(state).__name__}: {ANEW}"
+        )
+    return {name.removeprefix("module.") for name in state}
 
 
 def _check_generation(path: Path, reads_colour: bool, release: str) -> None:

@@ -12,7 +12,6 @@ commercially without leave); read the LICENSE beside the file that you use.
 """
 
 import functools
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from stages.common import devices
-from stages.detectors import Detection
+from stages.detectors import Detection, _identity, _scaling
 from stages.detectors._cellvit_cells import separate
 from stages.detectors._labels import measure
 from stages.detectors._patches import check
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from stages.detectors._cellvit_weights import Model
 
 VERSION = 1  # raise it when the same input gives other nuclei
+LIBRARIES = ("opencv-python-headless", "scikit-image", "scipy", "torch")
 SCALES = (0.25, 0.5)  # microns per pixel of the released weights, x40 and x20
 HOME = "https://zenodo.org/records/15094831 (CellViT-256-x40-AMP.pth or CellViT-SAM-H-x40-AMP.pth)"
 LICENCE = "CellViT-256 is Apache-2.0 with a Commons Clause, not for sale: read its LICENSE"
@@ -66,8 +66,8 @@ class _CellViT:
     def __init__(self, params: Params) -> None:
         self._params = params
         self._path = Path(params.weights)
-        self._digest = _digest(self._path)
-        self.version = f"cellvit {VERSION}, weights {self._digest}"
+        self._digest = _digest(params)
+        self.version = identity(params)
         self.device = devices.pick(params.device, "detect.cellvit")
         self._read("cpu")  # to find damage before the workers start
 
@@ -79,12 +79,10 @@ class _CellViT:
         return [self._detect(patch, mpp) for patch in patches]
 
     def _detect(self, patch: UInt8[np.ndarray, "height width 3"], mpp: float) -> Detection:
-        height, width = patch.shape[:2]
-        factor = mpp / self._params.mpp
-        size = max(1, round(width * factor)), max(1, round(height * factor))
-        probability, horizontal, vertical = self._maps(_scaled(patch, size))
+        image, zoom = _scaling.to(patch, mpp, self._params.mpp, cv2.INTER_CUBIC)
+        probability, horizontal, vertical = self._maps(image)
         labels = separate(probability > 0.5, horizontal, vertical, self._params.mpp)
-        return measure(labels, probability, mpp, (width / size[0], height / size[1]))
+        return measure(labels, probability, mpp, zoom)
 
     def _maps(
         self, image: UInt8[np.ndarray, "height width 3"]
@@ -111,9 +109,14 @@ class _CellViT:
             return _cellvit_weights.read(self._path, device)
         except ValueError as error:
             raise ValueError(
-                f"{self._path} (sha256 {self._digest}) {error}: fetch CellViT's weights anew from "
-                f"{HOME}, or set detect.cellvit.weights"
+                f"{self._path} (sha256 {self._digest}) {error}: compare its sum with that on the "
+                f"page, fetch CellViT's weights anew from {HOME}, or set detect.cellvit.weights"
             ) from None
+
+
+def identity(params: Params) -> str:
+    """See `stages.detectors`."""
+    return _identity.of("cellvit", VERSION, LIBRARIES, _digest(params))
 
 
 def build(params: Params) -> _CellViT:
@@ -126,23 +129,9 @@ def build(params: Params) -> _CellViT:
     return _CellViT(params)
 
 
-def _digest(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"detect.cellvit.weights is {path}, and there is no such file: get it from {HOME}; "
-            f"{LICENCE}"
-        )
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _scaled(
-    patch: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
-) -> UInt8[np.ndarray, "_ _ 3"]:
-    if size == patch.shape[1::-1]:
-        return patch
-    way = cv2.INTER_AREA if size[0] < patch.shape[1] else cv2.INTER_CUBIC
-    return cv2.resize(patch, size, interpolation=way)
+def _digest(params: Params) -> str:
+    where = f"get it from {HOME}; {LICENCE}"
+    return _identity.digest_of(Path(params.weights), "detect.cellvit.weights", where)
 
 
 def _spans(length: int) -> list[tuple[int, int, slice]]:

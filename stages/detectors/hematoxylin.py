@@ -14,17 +14,17 @@ from typing import Literal
 
 import cv2
 import numpy as np
-import skimage
 from jaxtyping import Bool, Float32, Float64, UInt8
 from skimage.color import hed_from_rgb
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
-from stages.detectors import Detection
+from stages.detectors import Detection, _identity
 from stages.detectors._patches import check
 from stages.detectors._regions import Colour, Labels, Regions, disk, measure, outlines
 
 VERSION = 2  # raise it when the same input gives other nuclei
+LIBRARIES = ("opencv-python-headless", "scikit-image", "scipy")
 WORK_MPP = 0.5  # finer patches are shrunk to this: nuclei are 7 px wide and more there
 DARKEST = 2  # gray values below it are noise, their density is not told apart
 BLUR_UM = 0.4  # sigma, before anything else
@@ -75,9 +75,7 @@ class _Hematoxylin:
     device = "cpu"
 
     def __init__(self, params: Params) -> None:
-        self.version = (
-            f"hematoxylin {VERSION}, skimage {skimage.__version__}, cv2 {cv2.__version__}"
-        )
+        self.version = identity(params)
         self._params = params
 
     def __call__(
@@ -86,6 +84,11 @@ class _Hematoxylin:
         """The nuclei of each patch; see the Protocol."""
         check(patches, mpp)
         return [_detect(patch, mpp, self._params) for patch in patches]
+
+
+def identity(params: Params) -> str:
+    """See `stages.detectors`."""
+    return _identity.of("hematoxylin", VERSION, LIBRARIES)
 
 
 def build(params: Params) -> _Hematoxylin:

@@ -10,8 +10,8 @@ any other is refused unless `detect.instanseg.sha256` names it.
 
 import contextlib
 import functools
-import hashlib
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +23,12 @@ import numpy as np
 from jaxtyping import Float32, Int64, UInt8
 
 from stages.common import devices
-from stages.detectors import Detection
+from stages.detectors import Detection, _identity, _scaling
 from stages.detectors._labels import measure
 from stages.detectors._patches import check
 
 VERSION = 1  # raise it when the same input gives other nuclei
+LIBRARIES = ("opencv-python-headless", "scipy", "torch")
 PUBLISHED = "0c724da169d507d8dd2e206ad3675a0b1566824eee6e20ad9a0ba916311d9dd0"
 HOME = "https://github.com/instanseg/instanseg (model brightfield_nuclei 0.1.1, file instanseg.pt)"
 LOW, HIGH = 0.1, 99.9  # percentiles of each channel of a patch that become 0 and 1
@@ -47,6 +48,11 @@ class Params:
 
     def __post_init__(self) -> None:
         """Refuse values that find nothing."""
+        if not re.fullmatch("([0-9a-fA-F]{64})?", self.sha256):
+            raise ValueError(
+                f"detect.instanseg.sha256 is {self.sha256!r}: it must be 64 hex digits, or empty "
+                "for the published weights"
+            )
         if not 0 < self.seed_threshold < 1:
             raise ValueError(
                 f"detect.instanseg.seed_threshold is {self.seed_threshold}: it must be above 0 and "
@@ -64,9 +70,12 @@ class _InstanSeg:
     def __init__(self, params: Params) -> None:
         self._params = params
         self._path = Path(params.weights)
-        self._digest = _checked_digest(self._path, params.sha256)
-        self.version = f"instanseg {VERSION}, weights {self._digest}"
+        self._digest = _digest(params)
+        _check_digest(self._path, self._digest, params.sha256)
+        self.version = identity(params)
         self.device = devices.pick(params.device, "detect.instanseg")
+        if params.sha256:  # the published ones are known to be right
+            self._read("cpu")
 
     def __call__(
         self, patches: UInt8[np.ndarray, "patch height width 3"], mpp: float
@@ -75,12 +84,12 @@ class _InstanSeg:
         check(patches, mpp)
         if not len(patches):
             return []
-        height, width = patches.shape[1:3]
-        factor = mpp / self._network.pixel_size
-        size = max(1, round(width * factor)), max(1, round(height * factor))
-        zoom = width / size[0], height / size[1]
-        labels = self._segment(np.stack([_scaled(patch, size) for patch in patches]))
-        return [self._measure(one[: size[1], : size[0]], mpp, zoom) for one in labels]
+        scaled = [
+            _scaling.to(patch, mpp, self._network.pixel_size, cv2.INTER_LINEAR) for patch in patches
+        ]
+        (height, width), zoom = scaled[0][0].shape[:2], scaled[0][1]  # patches are of one size
+        labels = self._segment(np.stack([_normalised(image) for image, _ in scaled]))
+        return [self._measure(one[:height, :width], mpp, zoom) for one in labels]
 
     def _segment(
         self, images: Float32[np.ndarray, "patch 3 height width"]
@@ -108,11 +117,14 @@ class _InstanSeg:
 
     @functools.cached_property
     def _network(self) -> Any:
+        return self._read(self.device)
+
+    def _read(self, device: str) -> Any:
         import torch
 
         try:
             with _quiet():
-                network = torch.jit.load(self._path, map_location=self.device).eval()
+                network = torch.jit.load(self._path, map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             why = str(error).strip().splitlines()[0]
             raise _unfit(self._path, self._digest, f"is no TorchScript file ({why})") from None
@@ -121,12 +133,18 @@ class _InstanSeg:
         return network
 
 
+def identity(params: Params) -> str:
+    """See `stages.detectors`."""
+    return _identity.of("instanseg", VERSION, LIBRARIES, _digest(params))
+
+
 def build(params: Params) -> _InstanSeg:
-    """The detector with these settings; the digest of its weights is checked here.
+    """The detector with these settings; its weights are checked here, your own are read too.
 
     Raises:
         FileNotFoundError: there are no weights at the path.
-        ValueError: the weights are not those that are trusted, or there is no such device.
+        ValueError: the weights are not those that are trusted or no InstanSeg model of nuclei, or
+            there is no such device.
     """
     return _InstanSeg(params)
 
@@ -139,35 +157,34 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _checked_digest(path: Path, own: str) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"detect.instanseg.weights is {path}, and there is no such file: get it from {HOME}"
-        )
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    if digest != (own.lower() or PUBLISHED):
+def _digest(params: Params) -> str:
+    wanted = params.sha256.lower() or PUBLISHED
+    where = f"get it from {HOME}; its sha256 is {wanted}"
+    return _identity.digest_of(Path(params.weights), "detect.instanseg.weights", where)
+
+
+def _check_digest(path: Path, digest: str, own: str) -> None:
+    wanted = own.lower() or PUBLISHED
+    if digest != wanted:
         raise _unfit(
             path,
             digest,
-            f"must have sha256 {own.lower() or PUBLISHED}: it is damaged or another file, and "
-            "TorchScript is code; trust it by setting detect.instanseg.sha256 to its own",
+            f"must have sha256 {wanted}: it is damaged or another file, and TorchScript is code",
         )
-    return digest
 
 
 def _unfit(path: Path, digest: str, why: str) -> ValueError:
-    return ValueError(f"{path} (sha256 {digest}) {why}, or get the weights anew from {HOME}")
+    return ValueError(
+        f"{path} (sha256 {digest}) {why}; get the weights anew from {HOME}, or name others, if you "
+        "trust them, by detect.instanseg.weights and sha256"
+    )
 
 
-def _scaled(
-    patch: UInt8[np.ndarray, "height width 3"], size: tuple[int, int]
-) -> Float32[np.ndarray, "3 _ _"]:
-    """A patch at the network's resolution and scale of values, filled up to LEAST_PX."""
-    way = cv2.INTER_AREA if size[0] < patch.shape[1] else cv2.INTER_LINEAR
-    image = cv2.resize(patch, size, interpolation=way).astype(np.float32)
+def _normalised(image: UInt8[np.ndarray, "height width 3"]) -> Float32[np.ndarray, "3 _ _"]:
+    """A patch at the network's scale of values, filled up to LEAST_PX."""
+    image = image.astype(np.float32)
     low, high = np.percentile(image, [LOW, HIGH], axis=(0, 1))
     image = ((image - low) / np.maximum(high - low, LEAST_RANGE)).astype(np.float32)
-    right, below = (max(0, LEAST_PX - side) for side in size)
+    below, right = (max(0, LEAST_PX - side) for side in image.shape[:2])
     padded = cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REPLICATE)
     return np.ascontiguousarray(padded.transpose(2, 0, 1))

@@ -34,6 +34,14 @@ CONFIG = {
 BACKGROUND, NUCLEUS = 230, 60
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where digests are remembered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CYTOSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -440,6 +448,13 @@ def test_refuses_other_networks(small, tmp_path, changes, why):
 def test_rejects_a_scale_that_no_weights_have(small):
     with pytest.raises(ValueError, match="cellvit.mpp is 0.3: it must be 0.25 .*x40, or 0.5"):
         replace(small, mpp=0.3)
+
+
+def test_refuses_patches_that_are_too_coarse(small):
+    patch = np.full((1, 16, 16, 3), 240, np.uint8)
+    assert len(cellvit.build(small)(patch, 1.0)) == 1
+    with pytest.raises(ValueError, match=r"mpp of the patches is 1.25, .* 5 times .* 1 or less"):
+        cellvit.build(small)(patch, 1.25)
 
 
 def test_rejects_patches_that_are_not_rgb(small):

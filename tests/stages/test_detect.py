@@ -1,6 +1,7 @@
 """Detect: level-0 positions, what the cache key holds, the overlay, the metrics."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def keys_of(monkeypatch, **changes) -> str:
 def test_detector_settings_are_in_the_key_and_the_batch_is_not(data, monkeypatch):
     a_slide(data, "a", NUCLEI)
     first = keys_of(monkeypatch)
-    assert "stages.detectors.hematoxylin" in first and "skimage" in first
+    assert "stages.detectors.hematoxylin" in first and "scikit-image" in first
     assert keys_of(monkeypatch, batch_patches=50) == first
     own = {**SECTIONS["detect"]["hematoxylin"], "merge_um": 5.0}
     assert keys_of(monkeypatch, hematoxylin=own) != first
@@ -286,8 +287,27 @@ def test_halves_the_batch_when_memory_runs_out_and_says_so_once(caplog):
         assert [len(one.score) for one in batches(numbered(17), 0.5)] == list(range(17))
     assert detector.tried == [13, 6, *[3] * 5, 2, *[3] * 5, 2]
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2 and "13 patches at once do not fit the memory of cuda:1" in said[0]
-    assert "going on with 3; set detect.batch_patches to that" in said[1]
+    assert len(said) == 1 and "13 patches at once do not fit the memory of cuda:1" in said[0]
+    assert "going on with 3; set detect.batch_patches to that" in said[0]
+
+
+def test_what_was_learned_of_the_memory_holds_for_the_next_slide(data, monkeypatch, caplog):
+    detector = Small(fits=2)
+    monkeypatch.setattr(detect, "_detector", lambda name, own: detector)
+    for name in ("a", "b"):
+        a_slide(data, name, NUCLEI)
+        made(data, name, replace(SETTINGS, batch_patches=4))
+    assert detector.tried == [4, 2, 2, 2, 2] and len(caplog.records) == 1
+
+
+def test_a_slide_without_patches_says_so(data):
+    a_slide(data, "a", NUCLEI)
+    store = data / "tile" / "a" / "patches.zarr"
+    attributes = stores.open_patches(store).attributes
+    shutil.rmtree(store)
+    stores.create_patches(store, [], np.empty((0, 2), np.int64), PX, attributes, "zstd")
+    with pytest.raises(ValueError, match="slide a has no patches: run `dvc repro tile`"):
+        made(data, "a")
 
 
 def test_halves_what_was_tried_and_not_the_setting(caplog):

@@ -3,6 +3,8 @@
 import itertools
 import sys
 from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from benchmarks import detection
 from stages.common import plugins
-from stages.detectors import Detection, _score, cellpose, hematoxylin
+from stages.detectors import Detection, _identity, _score, cellpose, hematoxylin
 from stages.sources import synthetic
 
 PARAMS = hematoxylin.Params(
@@ -39,6 +41,14 @@ SMEAR = synthetic.Params(
     jpeg_quality=88,
 )
 BACKGROUND, NUCLEUS, RED_CELL = (235, 230, 238), (62, 50, 110), (150, 75, 85)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where digests are remembered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CYTOSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -372,6 +382,14 @@ def test_names_damaged_weights_and_their_digest(tmp_path, content, why):
         cellpose.build(replace(CELLPOSE, weights=str(tmp_path / "net")))
 
 
+@pytest.mark.parametrize("content", [torch.zeros(3), [1, 2], {3: torch.zeros(1)}])
+def test_names_files_that_hold_no_named_weights(tmp_path, content):
+    torch.save(content, tmp_path / "net")
+    kind = type(content).__name__
+    with pytest.raises(ValueError, match=rf"\(sha256 .*\) holds no weights by name but a {kind}"):
+        cellpose.build(replace(CELLPOSE, weights=str(tmp_path / "net")))
+
+
 def test_refuses_to_run_code_in_weights(tmp_path):
     class Trap:
         def __reduce__(self):
@@ -391,7 +409,7 @@ def test_refuses_weights_that_are_not_all_there(perfect, monkeypatch):
             self.out = torch.nn.Linear(2, 3)
 
     monkeypatch.setattr(cellpose_models, "CPSAM", Larger)
-    with pytest.raises(ValueError, match=r"net lacks out.bias and 1 more .* set detect.cellpose"):
+    with pytest.raises(ValueError, match=r"\(sha256 .*\) lacks out.bias and 1 more .* set detect"):
         cellpose.build(perfect)(smear([], 0.5)[None], 0.5)
 
 
@@ -426,6 +444,35 @@ def test_rejects_cellpose_params_that_find_nothing(perfect):
         replace(CELLPOSE, diameter_um=0.0)
     with pytest.raises(ValueError, match="batch_tiles is 0: it must be 1 or more"):
         replace(CELLPOSE, batch_tiles=0)
+    for value in (float("nan"), float("inf")):
+        for name in ("flow_threshold", "cellprob_threshold"):
+            with pytest.raises(ValueError, match=f"{name} is {value}: it must be"):
+                replace(CELLPOSE, **{name: value})
+
+
+def test_cellpose_refuses_patches_that_are_too_coarse(perfect):
+    """Of 8 um, 30 px to the network: 0.267 microns a pixel."""
+    with pytest.raises(ValueError, match=r"mpp of the patches is 2, .* 7.5 times .* 1.07 or less"):
+        cellpose.build(perfect)(smear([], 0.5)[None], 2.0)
+
+
+def test_identity_is_the_version_and_a_name_until_weights_are_fetched(perfect, monkeypatch):
+    assert cellpose.identity(perfect) == cellpose.build(perfect).version
+    monkeypatch.setenv("CELLPOSE_LOCAL_MODELS_PATH", str(Path(perfect.weights).parent))
+    named = replace(perfect, weights="net")
+    assert cellpose.identity(named) == cellpose.identity(perfect)
+    assert cellpose.identity(CELLPOSE).endswith("cpsam not fetched")
+
+
+def test_the_library_of_each_detector_is_in_its_version():
+    for name in plugins.names("detectors"):
+        plugin = plugins.load("detectors", name)
+        line = _identity.of(name, plugin.VERSION, plugin.LIBRARIES, "d1")
+        assert line.startswith(f"{name} {plugin.VERSION}, ") and line.endswith(", weights d1")
+        assert f"scipy {metadata.version('scipy')}" in line
+        assert f"opencv-python-headless {metadata.version('opencv-python-headless')}" in line
+        assert "absent" not in line
+    assert hematoxylin.build(PARAMS).version == hematoxylin.identity(PARAMS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import cv2
@@ -18,6 +19,14 @@ WEIGHTS = SHARED / "weights" / "instanseg_brightfield_nuclei" / "instanseg.pt"
 PARAMS = instanseg.Params(
     weights=str(WEIGHTS), sha256="", seed_threshold=0.7, min_radius_um=1.8, device="cpu"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Where digests are remembered."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CYTOSSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +131,8 @@ def test_measures_thousands(tmp_path):
 
 
 def test_says_where_to_get_missing_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"instanseg.weights is .*gone.*get it from https"):
+    message = rf"instanseg.weights is .*gone.*get it from https.* sha256 is {instanseg.PUBLISHED}"
+    with pytest.raises(FileNotFoundError, match=message):
         instanseg.build(replace(PARAMS, weights=str(tmp_path / "gone")))
 
 
@@ -147,16 +157,38 @@ def test_trusted_weights_that_are_none_are_named_with_their_digest(tmp_path):
     digest = hashlib.sha256((tmp_path / "net.pt").read_bytes()).hexdigest()
     params = replace(PARAMS, weights=str(tmp_path / "net.pt"), sha256=digest.upper())
     with pytest.raises(ValueError, match=rf"sha256 {digest}\) is no TorchScript file \(.*https"):
-        instanseg.build(params)(np.zeros((1, 9, 9, 3), np.uint8), 0.5)
+        instanseg.build(params)
 
 
-def test_refuses_a_model_of_cells_and_nuclei(tmp_path):
-    network = instanseg.build(saved(tmp_path, Threshold(both=True)))
-    with pytest.raises(ValueError, match="is no InstanSeg model of nuclei alone"):
-        network(np.zeros((1, 9, 9, 3), np.uint8), 0.5)
+def test_refuses_a_model_of_cells_and_nuclei_before_any_patch(tmp_path):
+    params = saved(tmp_path, Threshold(both=True))
+    with pytest.raises(ValueError, match="is no InstanSeg model of nuclei alone; get .*https"):
+        instanseg.build(params)
+
+
+def test_refuses_patches_that_are_too_coarse(tmp_path):
+    """A wrong mpp must not enlarge a patch beyond all memory."""
+    build = instanseg.build(saved(tmp_path, Threshold()))
+    patch = np.full((1, 31, 37, 3), 240, np.uint8)
+    assert len(build(patch, 2.0)) == 1
+    with pytest.raises(ValueError, match=r"mpp of the patches is 40, .* 80 times .* 2 or less"):
+        build(patch, 40.0)
+
+
+def test_equal_weights_have_one_identity_wherever_they_lie(tmp_path):
+    params = saved(tmp_path, Threshold())
+    first = instanseg.identity(params)
+    assert first == instanseg.build(params).version and params.sha256 in first
+    assert f"torch {metadata.version('torch')}" in first
+    (tmp_path / "moved.pt").write_bytes((tmp_path / "net.pt").read_bytes())
+    assert instanseg.identity(replace(params, weights=str(tmp_path / "moved.pt"))) == first
+    (tmp_path / "net.pt").write_bytes(b"other")
+    assert instanseg.identity(params) != first
 
 
 def test_rejects_params_that_find_nothing():
+    with pytest.raises(ValueError, match="sha256 is 'abc': it must be 64 hex digits, or empty"):
+        replace(PARAMS, sha256="abc")
     with pytest.raises(ValueError, match="seed_threshold is 1.0: it must be above 0 and below 1"):
         replace(PARAMS, seed_threshold=1.0)
     with pytest.raises(ValueError, match="min_radius_um is -1.0: it must be 0 or more"):
