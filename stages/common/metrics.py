@@ -1,13 +1,90 @@
-"""Figures of merit of a binary classifier over slides."""
+"""Figures of merit of one encoder and head: what evaluate writes into metrics.json.
+
+A run is one seed on one split, a (repeat, fold). Figures are means over runs on test slides; those
+that start with `ensemble_` are of the mean probability over the seeds of a split, called at the
+mean of their thresholds. With two classes class 1, the last, is the positive one; with more, areas
+are the mean of each class against the rest.
+
+    slides_test, patients_test, splits, seeds   counts; slides and patients over all folds
+    prevalence                   share of class 1 (two classes)
+    auc, ap                      areas under the ROC and the precision-recall curve
+    auc_delong_low, _high        95 % interval over patients, given the trained heads: DeLong
+    auc_bootstrap_low, _high     the same by 2,000 stratified resamples of patients
+    accuracy, balanced_accuracy  at the threshold that evaluation chose on validation slides
+    majority_accuracy            share of the largest class: what a constant answer reaches at best
+    recall, specificity          of class 1 and of class 0 (two classes)
+    recall_macro                 mean of the classes' recalls, which is the balanced accuracy
+    fixed_*                      accuracy, balanced_accuracy, recall, specificity called at 0.5
+    specificity_at_sensitivity_95, recall_at_sensitivity_95
+                                 at the highest threshold that calls 95 % of the class-1 slides of
+                                 validation; the recall says what became of the 95 % on test
+    brier                        mean squared error of the probabilities, halved: (p - y)^2
+    ece, ece_scaled              expected calibration error over the slides of all runs, before and
+                                 after the temperature that validation chose
+    temperature                  its mean
+    *_seed_sd, *_split_sd        spread that seeds make, and that splits make without the seeds'
+    *_wilson_low, _high          95 % interval of a share, counting patients, not slides
+
+Left out, as there is no number: *_seed_sd with one seed, *_split_sd with one split, DeLong's
+interval where a fold has one patient of a class, the bootstrap's where all resamples are alike
+(an AUC of 1); for more than two classes everything that needs a positive class or a threshold.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Int64
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score, roc_curve
+from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+
+from stages.common import calibration, intervals, merits, pairs, scores
+from stages.common import curves as tables
+from stages.common.scores import Scores
 
 Labels = Int64[np.ndarray, " slide"]
 Probability = Float[np.ndarray, " slide"]
+SENSITIVITY = 0.95  # of screening
+SPREAD = ("auc", "ap", "accuracy", "balanced_accuracy", "recall", "specificity")
+FIXED = ("accuracy", "balanced_accuracy", "recall", "specificity")
+
+
+def cell(predictions: pd.DataFrame, classes: Sequence[str], seed: int = 0) -> dict[str, float]:
+    """Every figure named above, as finite numbers.
+
+    Args:
+        predictions: Of one encoder and head, see `stages.common.scores.of_part`; validation and
+            test slides, others are ignored.
+        classes: Names in the order of the labels' indices.
+        seed: Of the resamples.
+
+    Raises:
+        ValueError: a fold's test slides lack a class, or predictions are not whole.
+    """
+    tests = scores.of_part(predictions, len(classes))
+    vals = scores.of_part(predictions, len(classes), "val")
+    ensembles = [fold.ensemble() for fold in tests]
+    draws = intervals.resamples(tests, pairs.patients_of(tests), seed)
+    runs = [_runs(test, val) for test, val in zip(tests, vals, strict=True)]
+    return {
+        **_counts(tests),
+        **_area("auc", tests, draws),
+        **merits.mean_of([run for split in runs for run in split]),
+        **_spreads(runs),
+        **_calibration(tests),
+        **_area("ensemble_auc", ensembles, draws),
+        **_of_ensembles(ensembles),
+    }
+
+
+def curves(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """The tables of DVC's plots: roc, pr, calibration and confusion, see `stages.common.curves`."""
+    tests = scores.of_part(predictions, len(classes))
+    return {
+        "roc": tables.roc(tests),
+        "pr": tables.pr(tests),
+        "calibration": tables.calibrated(tests),
+        "confusion": tables.confusion(tests, classes),
+    }
 
 
 def threshold_from(labels: Labels, probability: Probability) -> float:
@@ -19,9 +96,135 @@ def threshold_from(labels: Labels, probability: Probability) -> float:
     """
     levels = np.unique(probability)
     candidates = np.append((levels[1:] + levels[:-1]) / 2, 0.5)
-    balanced = [balanced_accuracy_score(labels, probability >= at) for at in candidates]
+    negative, positive = (np.sort(probability[labels == at]) for at in (0, 1))
+    right = np.searchsorted(negative, candidates) / max(1, len(negative))
+    found = 1 - np.searchsorted(positive, candidates) / max(1, len(positive))
+    balanced = (right + found) / 2
     equal = candidates[np.isclose(balanced, max(balanced), rtol=0, atol=1e-12)]
     return float(min(equal, key=lambda at: (round(abs(at - 0.5), 12), at)))
+
+
+def screening_threshold(labels: Labels, probability: Probability) -> float:
+    """The highest threshold that calls at least 95 % of the class-1 slides; for validation."""
+    falling = np.sort(probability[labels == 1])[::-1]
+    return float(falling[int(np.ceil(SENSITIVITY * len(falling) - 1e-9)) - 1])
+
+
+def _counts(tests: list[Scores]) -> dict[str, float]:
+    patients = pairs.patients_of(tests)
+    slides = {
+        slide: at for fold in tests for slide, at in zip(fold.slide_id, fold.label, strict=True)
+    }
+    counts = {
+        "slides_test": len(slides),
+        "patients_test": len(patients),
+        "splits": len(tests),
+        "seeds": len(tests[0].probability),
+    }
+    if tests[0].threshold is not None:
+        counts["prevalence"] = float(np.mean(list(slides.values())))
+    return counts
+
+
+def _runs(test: Scores, val: Scores) -> list[dict[str, float]]:
+    """The figures of a split, a dict for each seed."""
+    classes = test.probability.shape[2]
+    runs = []
+    for at, (probability, called) in enumerate(zip(test.probability, test.called(), strict=True)):
+        figures = {
+            **merits.areas(test.label, probability),
+            **merits.shares(merits.counts_of(test.label, called, classes)),
+            "brier": merits.brier(test.label, probability),
+            "temperature": float(test.temperature[at]),
+        }
+        if test.threshold is not None:
+            figures["threshold"] = float(test.threshold[at])
+            figures |= _at_other_thresholds(test, val, at)
+        runs.append(figures)
+    return runs
+
+
+def _at_other_thresholds(test: Scores, val: Scores, at: int) -> dict[str, float]:
+    """What seed `at` would reach called at 0.5, and at the threshold of screening."""
+    screening = screening_threshold(val.label, val.probability[at, :, 1])
+    fixed, screened = (
+        merits.shares(merits.counts_of(test.label, test.probability[at, :, 1] >= threshold, 2))
+        for threshold in (0.5, screening)
+    )
+    return {
+        **{f"fixed_{name}": fixed[name] for name in FIXED},
+        "specificity_at_sensitivity_95": screened["specificity"],
+        "recall_at_sensitivity_95": screened["recall"],
+    }
+
+
+def _area(name: str, folds: list[Scores], draws: np.ndarray) -> dict[str, float]:
+    """The AUC `name`, which is the mean over runs, with its intervals."""
+    areas = pairs.pairs_of(folds)
+    found = {"delong": pairs.interval(areas)}
+    found["bootstrap"] = intervals.percentile(pairs.bootstrap(areas, draws))
+    return {name: pairs.auc(areas), **_ends(name, found)}
+
+
+def _ends(name: str, found: dict[str, tuple[float, float] | None]) -> dict[str, float]:
+    return {
+        f"{name}_{method}_{end}": value
+        for method, ends in found.items()
+        if ends is not None
+        for end, value in zip(("low", "high"), ends, strict=True)
+    }
+
+
+def _spreads(runs: list[list[dict[str, float]]]) -> dict[str, float]:
+    return {
+        f"{name}_{source}": value
+        for name in SPREAD
+        if name in runs[0][0]
+        for source, value in merits.components(
+            np.array([[run[name] for run in split] for split in runs])
+        ).items()
+    }
+
+
+def _calibration(tests: list[Scores]) -> dict[str, float]:
+    before, after, labels = tables.pooled(tests)
+    return {
+        name: calibration.expected_error(calibration.reliability(probability, labels))
+        for name, probability in (("ece", before), ("ece_scaled", after))
+    }
+
+
+def _of_ensembles(folds: list[Scores]) -> dict[str, float]:
+    """Figures of the seed ensembles, from each slide once; the mean where repeats have it again."""
+    classes = folds[0].probability.shape[2]
+    repeats = len({fold.repeat for fold in folds})
+    counts = (
+        sum(merits.counts_of(fold.label, fold.called()[0], classes) for fold in folds) / repeats
+    )
+    figures = {name: value for name, value in merits.shares(counts).items() if name in SPREAD}
+    ap = [merits.areas(fold.label, fold.probability[0])["ap"] for fold in folds]
+    figures |= {"ap": float(np.mean(ap))}
+    figures |= {"brier": float(np.mean([merits.brier(f.label, f.probability[0]) for f in folds]))}
+    for name, count in _patients(folds).items():
+        figures |= _ends(name, {"wilson": intervals.wilson(figures[name], count)})
+    figures |= {
+        f"actual_{actual}_called_{called}": float(counts[actual, called])
+        for actual in range(classes)
+        for called in range(classes)
+    }
+    return {f"ensemble_{name}": value for name, value in figures.items()}
+
+
+def _patients(folds: list[Scores]) -> dict[str, int]:
+    """How many patients stand behind each share: slides of one are no independent trials."""
+    of_class = [
+        len({patient for fold in folds for patient in fold.patient[fold.label == at]})
+        for at in range(folds[0].probability.shape[2])
+    ]
+    found = {"accuracy": len(pairs.patients_of(folds))}
+    return found | (
+        {"recall": of_class[1], "specificity": of_class[0]} if len(of_class) == 2 else {}
+    )
 
 
 def score(labels: Labels, probability: Probability, threshold: float) -> dict[str, float]:
@@ -66,23 +269,6 @@ def mean_roc(labels: Labels, probabilities: Sequence[Probability]) -> Float[np.n
         Fawcett 2006, https://doi.org/10.1016/j.patrec.2005.10.010, vertical averaging, algorithm
         3. Differs in keeping both ends of the vertical steps, where that has the upper only.
     """
-    curves = [_finite_roc(labels, probability) for probability in probabilities]
+    curves = [tables._finite_roc(labels, probability) for probability in probabilities]
     rates = np.unique(np.concatenate([curve[0] for curve in curves]))
-    return np.mean([_at_rates(curve, rates) for curve in curves], axis=0)
-
-
-def _finite_roc(labels: Labels, probability: Probability) -> tuple[np.ndarray, ...]:
-    false_rate, true_rate, threshold = roc_curve(labels, probability, drop_intermediate=False)
-    threshold[0] = np.nextafter(threshold[1], np.inf)
-    return false_rate, true_rate, threshold
-
-
-def _at_rates(
-    curve: tuple[np.ndarray, ...], rates: Float[np.ndarray, " rate"]
-) -> Float[np.ndarray, "point 3"]:
-    false_rate, *columns = curve
-    # Of equal abscissae np.interp takes the last: the upper end of a step, or mirrored the lower.
-    upper = [np.interp(rates, false_rate, column) for column in columns]
-    lower = [np.interp(-rates, -false_rate[::-1], column[::-1]) for column in columns]
-    both = np.stack([[rates, *lower], [rates, *upper]])  # [end, column, rate]
-    return both.transpose(2, 0, 1).reshape(-1, 3)
+    return np.mean([tables._at_rates(curve, rates) for curve in curves], axis=0)
