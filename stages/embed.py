@@ -2,24 +2,28 @@
 
     reads   data/tile/<slide>/patches.zarr          patches as they are: perturbation is for training
             data/pretrain/<encoder>                 pretrained, or untrained for comparison
-    writes  data/embed/<encoder>/<slide>/bag.zarr   one embedding per patch, rows as in the patches
+    writes  data/embed/<encoder>/<slide>/bag.zarr   one embedding per patch, rows as in the patches;
+                                                    with central_crop one of its central half too
 
 Run it with `dvc repro embed`; its settings are the `embed` section of params.yaml.
 """  # noqa: E501
 
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float32
-from torch import nn
+from jaxtyping import Float32, UInt8
+from torch import Tensor, nn
 
 from stages.common import cache, encoders, params, perslide, run, stores
 from stages.common.encoders import EncoderSpec
 from stages.common.perslide import Job
+
+Patches = UInt8[Tensor, "batch height width 3"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class EmbedParams:
 
     encoders: tuple[str, ...]  # folders of data/pretrain; each is a cell of the matrix in dvc.yaml
     batch: int  # patches per pass of the encoder
+    central_crop: bool  # embed each patch's central half too, the second scale of the head less
 
     def __post_init__(self) -> None:
         """Refuse an empty batch."""
@@ -61,12 +66,13 @@ def main(source: Path, encoder: Path, target: Path, settings: EmbedParams) -> No
                 "encoder": encoder.resolve(),
                 "weights": weights,
                 "batch": settings.batch,
+                "central_crop": settings.central_crop,
             },
         )
         for folder in folders
     ]
-    code = ("stages.embed",)
-    perslide.run("embed", make, jobs, target, code=code, settings={"batch": settings.batch})
+    decisive = {"batch": settings.batch, "central_crop": settings.central_crop}
+    perslide.run("embed", make, jobs, target, code=("stages.embed",), settings=decisive)
 
 
 def make(folder: Path, job: Job) -> None:
@@ -77,11 +83,15 @@ def make(folder: Path, job: Job) -> None:
     _check_resolution(patches, spec, job.slide_id)
     names = ("slide_id", "mpp", "slide_mpp")
     attributes = {name: patches.attributes[name] for name in names}
+    crop = None
+    if given["central_crop"]:
+        crop = embed(patches, model, spec, given["batch"], central_half)
     stores.create_bag(
         folder / "bag.zarr",
         embed(patches, model, spec, given["batch"]),
         patches.origin,
         {**attributes, "input": "+".join(job.inputs)},
+        crop,
     )
 
 
@@ -108,17 +118,37 @@ def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: s
         )
 
 
+def whole(patches: Patches) -> Patches:
+    """The patches as they are."""
+    return patches
+
+
+def central_half(patches: Patches) -> Patches:
+    """The middle of each patch, half its side; one pixel more where half has no middle."""
+    px = patches.shape[1]
+    side = px // 2 + (px - px // 2) % 2  # as odd or even as px, or the middle lies off by half
+    start = (px - side) // 2
+    return patches[:, start : start + side, start : start + side]
+
+
 @torch.inference_mode()
 def embed(
-    patches: stores.PatchStore, model: nn.Module, spec: EncoderSpec, batch: int
+    patches: stores.PatchStore,
+    model: nn.Module,
+    spec: EncoderSpec,
+    batch: int,
+    part: Callable[[Patches], Patches] = whole,
 ) -> Float32[np.ndarray, "patch dim"]:
-    """The class token of each patch, in the order of the patches."""
+    """The class token of each patch or of its `part`, in the order of the patches.
+
+    The encoder gets both at its own side: a part is magnified.
+    """
     device = next(model.parameters()).device
     parts = [np.empty((0, model.num_features), np.float32)]
     for start in range(0, len(patches), batch):
         rows = range(start, min(start + batch, len(patches)))
         pixels = torch.from_numpy(np.stack([patches[row] for row in rows])).to(device)
-        parts.append(model(encoders.prepare(pixels, spec)).cpu().numpy())
+        parts.append(model(encoders.prepare(part(pixels), spec)).cpu().numpy())
     return np.concatenate(parts)
 
 

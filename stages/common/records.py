@@ -24,3 +24,4 @@ class Bag:
     embedding: np.ndarray
     origin: np.ndarray
     attributes: dict[str, Any]
+    crop: np.ndarray | None = None  # only where embed.central_crop asked for it

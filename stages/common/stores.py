@@ -15,6 +15,7 @@ perturb/<slide>/recipe.zarr     source       [view]                   int64    a
                                 seed         [view]                   int64    of the shuffle that makes the pixels
 embed/<encoder>/<slide>/bag.zarr  embedding  [patch, dim]             float32  one instance a row, rows as in tile
                                 origin       [patch, 2]               int64    x0, y0 of the patch
+                                crop         [patch, dim]             float32  of its central half, where asked for
 
 x0, y0 are level-0 pixels; x, y are patch pixels. Both are continuous: pixel column j covers
 [j, j + 1). Attributes: slide_id, mpp (of the patches), slide_mpp (of level 0), input (content
@@ -32,6 +33,7 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from stages.common import jpeg
+from stages.common.layouts import BAG, CROP, NUCLEI, PATCHES, RECIPE, VIEWS
 from stages.common.patches import ZSTD_LEVEL, PatchStore, Recipe, ViewStore, encoded
 from stages.common.records import Bag, Nuclei
 from stages.common.shards import write_shard
@@ -41,24 +43,6 @@ SCHEMA = 2
 CHUNK_NAMES = {"name": "default", "separator": "."}
 SHARD_PATCHES = 512
 ATTRIBUTES = ("slide_id", "mpp", "slide_mpp", "input")
-
-PATCHES = {"patch": ("uint8", 4), "origin": ("int64", 2)}
-NUCLEI = {
-    "centroid": ("float32", 2),
-    "patch_index": ("int64", 1),
-    "radius_um": ("float32", 1),
-    "score": ("float32", 1),
-}
-VIEWS = {
-    "patch": ("uint8", 4),
-    "source": ("int64", 1),
-    "point": ("float32", 2),
-    "view_index": ("int64", 1),
-}
-RECIPE = {"source": ("int64", 1), "seed": ("int64", 1)} | {
-    name: VIEWS[name] for name in ("point", "view_index")
-}
-BAG = {"embedding": ("float32", 2), "origin": ("int64", 2)}
 
 Store = TypeVar("Store", bound=PatchStore)
 
@@ -121,10 +105,17 @@ def create_nuclei(
 
 
 def create_bag(
-    path: Path, embedding: np.ndarray, origin: np.ndarray, attributes: dict[str, Any]
+    path: Path,
+    embedding: np.ndarray,
+    origin: np.ndarray,
+    attributes: dict[str, Any],
+    crop: np.ndarray | None = None,
 ) -> None:
-    """Write the embeddings of one slide."""
-    _write_arrays(_create(path, attributes), {"embedding": embedding, "origin": origin}, BAG)
+    """Write the embeddings of one slide; `crop`: those of its patches' central halves."""
+    arrays = {"embedding": embedding, "origin": origin} | ({} if crop is None else {"crop": crop})
+    if crop is not None and crop.shape != embedding.shape:
+        raise ValueError(f"{path}: crop is {crop.shape}: it must be as embedding {embedding.shape}")
+    _write_arrays(_create(path, attributes), arrays, BAG | CROP)
 
 
 def open_patches(path: Path) -> PatchStore:
@@ -155,9 +146,10 @@ def open_nuclei(path: Path) -> Nuclei:
 
 
 def open_bag(path: Path) -> Bag:
-    """Open `data/embed/<encoder>/<slide>/bag.zarr`."""
-    group = _open(path, BAG)
-    return Bag(**{name: group[name][:] for name in BAG}, attributes=dict(group.attrs))
+    """Open `data/embed/<encoder>/<slide>/bag.zarr`; its `crop` is None where none was made."""
+    layout = BAG | CROP if (path / "crop").is_dir() else BAG
+    group = _open(path, layout)
+    return Bag(**{name: group[name][:] for name in layout}, attributes=dict(group.attrs))
 
 
 def _create(path: Path, attributes: dict[str, Any]) -> zarr.Group:

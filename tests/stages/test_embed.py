@@ -1,5 +1,6 @@
 """Embed: rows follow the patches, equal slides give equal bytes, a new slide costs one slide."""
 
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -15,7 +16,7 @@ PX = 31
 SPEC = encoders.EncoderSpec(
     "test_vit", 24, 8, 3, "qkv", encoders.MEAN, encoders.STD, patch_px=PX, mpp=0.5
 )
-SETTINGS = embed.EmbedParams(encoders=("pretrained",), batch=3)
+SETTINGS = embed.EmbedParams(encoders=("pretrained",), batch=3, central_crop=False)
 
 
 def a_slide(source: Path, name: str, count: int, mpp: float = 0.5) -> None:
@@ -49,11 +50,17 @@ def data(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def a_job(data: Path, name: str = "a", batch: int = 3) -> Job:
+def a_job(data: Path, name: str = "a", batch: int = 3, central_crop: bool = False) -> Job:
     encoder = data / "pretrained"
-    arguments = {"patches": data / "tile" / name / "patches.zarr", "encoder": encoder}
     weights = encoders.digest_of(encoder)
-    return Job(name, ("tile", weights), {**arguments, "weights": weights, "batch": batch})
+    arguments = {
+        "patches": data / "tile" / name / "patches.zarr",
+        "encoder": encoder,
+        "weights": weights,
+        "batch": batch,
+        "central_crop": central_crop,
+    }
+    return Job(name, ("tile", weights), arguments)
 
 
 def made(data: Path, folder: str = "made", **job) -> stores.Bag:
@@ -88,6 +95,42 @@ def test_equal_inputs_give_equal_bytes(data):
 def test_a_slide_without_patches_has_an_empty_bag(data):
     a_slide(data / "tile", "e", 0)
     assert made(data, name="e").embedding.shape == (0, 64)
+    assert made(data, "two_scales", name="e", central_crop=True).crop.shape == (0, 64)
+
+
+def test_the_second_scale_is_the_central_half_at_the_encoders_side(data):
+    plain, bag = made(data, "plain"), made(data, "two_scales", central_crop=True)
+    patches = stores.open_patches(data / "tile" / "a" / "patches.zarr")
+    model, _ = encoders.load(data / "pretrained")
+    assert plain.crop is None and np.array_equal(plain.embedding, bag.embedding)
+    for row in range(7):
+        pixels = torch.from_numpy(patches[row][8:23, 8:23].copy())[None]  # 15 of 31 px
+        with torch.no_grad():
+            wanted = model(encoders.prepare(pixels, SPEC))[0].numpy()
+        np.testing.assert_allclose(bag.crop[row], wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(bag.crop - bag.embedding).max() > 0.01
+
+
+@pytest.mark.parametrize(("px", "first", "last"), [(1, 0, 0), (2, 0, 1), (30, 7, 22), (32, 8, 23)])
+def test_the_central_half_lies_in_the_middle(px, first, last):
+    rows = torch.arange(px, dtype=torch.uint8).view(1, px, 1, 1).expand(1, px, px, 3)
+    half = embed.central_half(rows)
+    assert half.shape[1] == half.shape[2]
+    assert (half[0, 0, 0, 0], half[0, -1, 0, 0]) == (first, last)
+
+
+def test_asking_for_the_second_scale_makes_every_bag_anew(data):
+    target, two_scales = data / "embed", dataclasses.replace(SETTINGS, central_crop=True)
+    for settings, has_crop in ((SETTINGS, False), (two_scales, True), (SETTINGS, False)):
+        embed.main(data / "tile", data / "pretrained", target, settings)
+        assert (stores.open_bag(target / "a" / "bag.zarr").crop is not None) is has_crop
+
+
+def test_rejects_a_crop_of_another_width(tmp_path):
+    attributes = {"slide_id": "a", "mpp": 0.5, "slide_mpp": 0.25, "input": "-"}
+    arrays = np.zeros((3, 5)), np.zeros((3, 2))
+    with pytest.raises(ValueError, match=r"crop is \(3, 4\): it must be as embedding \(3, 5\)"):
+        stores.create_bag(tmp_path / "bag.zarr", *arrays, attributes, np.zeros((3, 4)))
 
 
 def test_new_slide_costs_one_slide(data, caplog):
@@ -130,4 +173,4 @@ def test_says_what_to_run_where_something_is_missing(data):
 
 def test_rejects_an_empty_batch():
     with pytest.raises(ValueError, match=r"embed\.batch is 0: it must be 1 or more"):
-        embed.EmbedParams(encoders=("pretrained",), batch=0)
+        embed.EmbedParams(encoders=("pretrained",), batch=0, central_crop=False)
