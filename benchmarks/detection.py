@@ -1,12 +1,16 @@
 """How well and how fast the detectors find annotated nuclei: `python -m benchmarks.detection`.
 
 Every detector that can run, on every set: `--detector NAME` and `--set NAME` run one, `--images N`
-the first N of each set. Real images are looked for beside the repository, in ../shared/data; sets
-that are absent are left out. None of them states its mpp. Those below are estimates: lbc_nuclei
-from nuclei of intermediate cells (radius 4.4 px for 3.5 um), the blood films from red cells (7.5 um
-wide). Of lbc_nuclei the files at even places of the sorted list, of bccd every sixth, served to
-choose the params of hematoxylin; the other detectors were chosen on none. What chula_rbc12 shows
-are red cells, which have no nuclei: what counts is the false alarms, few white cells among them.
+the first N of each set. The last column is the pooled F1 when fields are searched as the detect
+stage sees slides, in patches of tile.patch_px at tile.mpp, or at the field's own mpp where that is
+coarser; "-" where no field holds a patch.
+
+Real images are looked for beside the repository, in ../shared/data; sets that are absent are left
+out. None of them states its mpp. Those below are estimates: lbc_nuclei from nuclei of intermediate
+cells (radius 4.4 px for 3.5 um), the blood films from red cells (7.5 um wide). Of lbc_nuclei the
+files at even places of the sorted list, of bccd every sixth, served to choose the params of
+hematoxylin; the other detectors were chosen on none. What chula_rbc12 shows are red cells, which
+have no nuclei: what counts is the false alarms, few white cells among them.
 """
 
 import argparse
@@ -24,9 +28,10 @@ from typing import Any
 import cv2
 import numpy as np
 
+from benchmarks.detection_search import Field, score, score_tiled
 from stages.common import annotations, params, plugins, run
 from stages.common.slides import Slide
-from stages.detectors import Detector, _score, _windows
+from stages.detectors import Detector, _score
 from stages.sources import synthetic
 
 logger = logging.getLogger(__name__)
@@ -40,8 +45,6 @@ WEIGHTS = {  # where params.yaml names no file
     "instanseg": SHARED / "weights" / "instanseg_brightfield_nuclei" / "instanseg.pt",
     "cellpose": SHARED / "weights" / "cellpose_cyto_scellseg_torch",
 }
-
-Field = tuple[np.ndarray, np.ndarray]  # uint8 RGB, and the (x, y) of its nuclei
 
 
 @dataclass(frozen=True)
@@ -101,24 +104,6 @@ def drawn(settings: synthetic.Params, slides: int, seed: int = 7) -> Iterator[Fi
 def _read(file: Path) -> np.ndarray:
     slide = Slide(file, 1.0)
     return slide.read(0, 0, slide.width_px, slide.height_px, 1.0)
-
-
-def score(
-    detector: Detector, fields: Iterator[Field], mpp: float, radius_px: float
-) -> list[_score.Counts]:
-    """The outcome of each field."""
-    return [
-        _score.match(_centroids(detector, image, mpp), points, radius_px)
-        for image, points in fields
-    ]
-
-
-def _centroids(detector: Detector, image: np.ndarray, mpp: float) -> np.ndarray:
-    def part(x0: int, y0: int, width: int, height: int) -> np.ndarray:
-        return image[y0 : y0 + height, x0 : x0 + width]
-
-    height, width = image.shape[:2]
-    return _windows.detect(part, width, height, mpp, detector).centroid_px.astype(float)
 
 
 def macro_f1(counts: list[_score.Counts]) -> float:
@@ -187,12 +172,18 @@ def _speed(name: str, device: str) -> None:
         logger.info(row, name, sum(rates), SPEED_PX, mpp, device, count)
 
 
-def _row(detector: str, name: str, counts: list[_score.Counts], area_mm2: list[float]) -> None:
+def _row(
+    detector: str,
+    name: str,
+    counts: list[_score.Counts],
+    tiled: list[_score.Counts],
+    area_mm2: list[float],
+) -> None:
     summary = _score.summarise(counts, area_mm2, seed=7)
     total = sum(counts, _score.Counts(0, 0, 0))
     ranged = "{value:.3f} ({low:.3f}-{high:.3f})".format
     logger.info(
-        "| %s | %s | %d | %d | %.3f | %.3f | %s | %s | %.1f |",
+        "| %s | %s | %d | %d | %.3f | %.3f | %s | %s | %.1f | %s |",
         detector,
         name,
         len(counts),
@@ -202,6 +193,7 @@ def _row(detector: str, name: str, counts: list[_score.Counts], area_mm2: list[f
         ranged(**summary["pooled"]["f1"]),
         ranged(**summary["macro"]["f1"]),
         summary["pooled"]["false_per_mm2"]["value"],
+        f"{sum(tiled, _score.Counts(0, 0, 0)).f1:.3f}" if tiled else "-",
     )
 
 
@@ -209,7 +201,10 @@ def _score_sets(name: str, detector: Detector, chosen: dict[str, Set], limit: in
     for title, one in chosen.items():
         fields = list(islice(one.fields(), limit))
         area_mm2 = [image.shape[0] * image.shape[1] * one.mpp**2 / 1e6 for image, _ in fields]
-        _row(name, title, score(detector, iter(fields), one.mpp, one.radius_px), area_mm2)
+        counts, tiled = (
+            way(detector, iter(fields), one.mpp, one.radius_px) for way in (score, score_tiled)
+        )
+        _row(name, title, counts, tiled, area_mm2)
 
 
 def main() -> None:
@@ -222,7 +217,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, metavar="N", help="the first N of each set")
     asked = parser.parse_args()
     chosen = {asked.set: known[asked.set]} if asked.set else known
-    logger.info("| detector | set | images | nuclei | P | R | F1 | macro F1 | false/mm2 |")
+    titles = "detector set images nuclei P R F1 macro-F1 false/mm2 tiled-F1"
+    logger.info("| %s |", titles.replace(" ", " | "))
     for name in [asked.detector] if asked.detector else plugins.names("detectors"):
         try:
             detector = build(name)

@@ -7,48 +7,58 @@
 
 Run it with `python -m stages.detect_score`; it is no stage of dvc.yaml. The detector and its
 settings are those of the detect stage, in params.yaml. A nucleus is found when its centroid lies
-within the match radius of an annotated one; each is matched once.
+within the match radius of an annotated one; each is matched once. Images are searched whole, large
+ones in overlapping windows; with --as-tiled in patches at tile.mpp, as the detect stage sees them.
 """
 
 import argparse
 import logging
-import math
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from stages.common import annotations, params, plugins, run
-from stages.common.annotations import Annotated, Annotations
+from stages.common.annotations import Annotations
 from stages.common.pictures import write_jpeg
-from stages.common.slides import Slide
-from stages.detectors import Detector, _gallery, _score, _windows
+from stages.common.slides import PLAUSIBLE_MPP, Slide
+from stages.detectors import _batches, _gallery, _score, _scoring, _windows
 from stages.detectors._gallery import Scored
+from stages.detectors._scoring import Search
+from stages.detectors._tiles import Tiling
 
 logger = logging.getLogger(__name__)
+
+RADII_UM = (0.01, 50.0)  # of a match; beyond, it is a slip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Score the detector that params.yaml names on the annotations of the command line."""
     asked = _parser().parse_args(arguments)
-    if not 0 < asked.radius_um < math.inf:
-        raise ValueError(f"--radius-um is {asked.radius_um}: it must be above 0")
+    _check_range("--mpp", asked.mpp, PLAUSIBLE_MPP)
+    _check_range("--radius-um", asked.radius_um, RADII_UM)
     truth = annotations.read(asked.annotations, asked.images, asked.classes)
     _tell(truth, asked)
-    name = str(params.section_of("detect").get("detector"))
+    _check_writable(asked.target)
+    detect, tile = params.section_of("detect"), params.section_of("tile")
+    tiling = Tiling(tile.get("mpp"), tile.get("patch_px"))
+    name = str(detect.get("detector"))
     plugin = plugins.load("detectors", name)
     detector = plugin.build(params.load(plugin.Params, f"detect.{name}"))
+    search = Search(asked.mpp, asked.radius_um, tiling if asked.as_tiled else None)
+    extents = _scoring.survey(truth.images, search)
+    batches = _batches.of(detector, _batch(detect.get("batch_patches"), tiling, search))
     begun = time.perf_counter()
-    scored = list(_score_images(truth.images, asked.mpp, asked.radius_um, detector))
+    scored = list(_scoring.score(truth.images, extents, search, batches))
     logger.info("detected in %.1f s by %s", time.perf_counter() - begun, detector.version)
-    seed = int(params.section_of("")["seed"])
-    summary = _score.summarise([one.counts for one in scored], [_mm2(one) for one in scored], seed)
-    write(asked.target, scored, summary, asked.radius_um, f"{name} on {asked.annotations.name}")
-    _table(name, scored, summary, asked.radius_um)
+    seed = params.load(params.Top).seed
+    summary = _score.summarise([one.counts for one in scored], [o.area_mm2 for o in scored], seed)
+    write(asked.target, scored, summary, search, f"{name} on {asked.annotations.name}")
+    _table(name, scored, summary, search)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -64,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "annotations",
         type=Path,
         help="COCO .json; .csv with columns path,x,y or path,x0,y0,x1,y1; a folder of Pascal VOC "
-        ".xml; or a folder of label images (.png, .tif) named like the images",
+        ".xml; or a folder of label images or binary masks (.png, .tif) named like the images",
     )
     parser.add_argument("--images", type=Path, required=True, help="folder the paths start from")
     parser.add_argument("--mpp", type=float, required=True, help="microns per pixel of the images")
@@ -73,9 +83,43 @@ def _parser() -> argparse.ArgumentParser:
         "--classes", nargs="+", default=[], metavar="CLASS", help="keep these only (default: all)"
     )
     parser.add_argument(
+        "--as-tiled",
+        action="store_true",
+        help="search patches of tile.patch_px at tile.mpp, side by side, foreground or not, as the "
+        "detect stage sees them. A nucleus cut by an edge between patches counts once, at the "
+        "middle of its pieces; what no whole patch covers, right and below, is not scored",
+    )
+    parser.add_argument(
         "--target", type=Path, default=Path("data/detect_score"), help="results (%(default)s)"
     )
     return parser
+
+
+def _check_range(name: str, value: float, between: tuple[float, float]) -> None:
+    low, high = between
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value:g}: it must lie between {low:g} and {high:g}, microns")
+
+
+def _check_writable(target: Path) -> None:
+    """Before hours of work: make the folder, and try."""
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(
+            f"--target {target} cannot be written ({why}): name another folder"
+        ) from None
+
+
+def _batch(patches: object, tiling: Tiling, search: Search) -> int:
+    """How many at once: patches as the stage, windows so that they have no more pixels."""
+    if not isinstance(patches, int) or patches < 1:
+        raise ValueError(f"detect.batch_patches is {patches!r}: it must be 1 or more")
+    windows = patches * tiling.patch_px**2 // _windows.WINDOW_PX**2
+    return patches if search.tiling else max(1, windows)
 
 
 def _tell(truth: Annotations, asked: argparse.Namespace) -> None:
@@ -90,61 +134,26 @@ def _tell(truth: Annotations, asked: argparse.Namespace) -> None:
         logger.info("%d other images in %s are not annotated: left out", truth.others, asked.images)
 
 
-def _score_images(
-    images: list[Annotated], mpp: float, radius_um: float, detector: Detector
-) -> Iterator[Scored]:
-    for image in tqdm(images, desc="detect_score", unit="image"):
-        slide = Slide(image.path, mpp)
-        extent = slide.width_px, slide.height_px
-        _check(image, extent)
-
-        def read(x0: int, y0: int, width: int, height: int, slide: Slide = slide) -> np.ndarray:
-            return slide.read(x0, y0, width, height, mpp)
-
-        found = _windows.detect(read, *extent, mpp, detector)
-        centroids = found.centroid_px.astype(np.float64)
-        pairs = _score.pairs(centroids, image.points, radius_um / mpp)
-        yield Scored(image.name, image.path, extent, mpp, found, image.points, pairs)
-
-
-def _check(image: Annotated, extent: tuple[int, int]) -> None:
-    """Refuse annotations that were made for an image of another size."""
-    found = " by ".join(map(str, extent))
-    if image.extent_px not in (None, extent):
-        wanted = " by ".join(map(str, image.extent_px))
-        raise ValueError(
-            f"{image.path} is {found} px and was annotated at {wanted}: use that image"
-        )
-    outside = ~((image.points >= 0) & (image.points <= extent)).all(axis=1)
-    if outside.any():
-        x, y = image.points[outside][0]
-        raise ValueError(
-            f"{image.path} is {found} px and has {outside.sum()} nuclei outside, one at x {x:g}, y "
-            f"{y:g}: coordinates must be pixels of this image, x to the right"
-        )
-
-
 def write(
-    target: Path, scored: list[Scored], summary: dict[str, Any], radius_um: float, title: str
+    target: Path, scored: list[Scored], summary: dict[str, Any], search: Search, title: str
 ) -> None:
     """Write scores.csv, metrics.json and gallery.jpg."""
-    target.mkdir(parents=True, exist_ok=True)
     with run.atomic(target / "scores.csv") as temporary:
         pd.DataFrame([_row(one) for one in scored]).to_csv(temporary, index=False)
-    counts = sum((one.counts for one in scored), _score.Counts(0, 0, 0))
+    counts, tiling = sum((one.counts for one in scored), _score.Counts(0, 0, 0)), search.tiling
     totals = {
         "images": len(scored),
         "annotated": counts.annotated,
-        "tp": counts.matched,
-        "fp": counts.found - counts.matched,
-        "fn": counts.annotated - counts.matched,
-        "area_mm2": sum(_mm2(one) for one in scored),
+        **_outcome(counts),
+        "area_mm2": sum(one.area_mm2 for one in scored),
         "mpp": scored[0].mpp,
-        "radius_um": radius_um,
+        "radius_um": search.radius_um,
+        **({"tile_mpp": tiling.mpp, "patch_px": tiling.patch_px} if tiling else {}),
     }
     run.write_metrics(target / "metrics.json", {**totals, **summary})
     title = (
-        f"{title}: pooled F1 {summary['pooled']['f1']['value']:.3f}, match within {radius_um:g} um"
+        f"{title}{', as tiled' if tiling else ''}: pooled F1 "
+        f"{summary['pooled']['f1']['value']:.3f}, match within {search.radius_um:g} um"
     )
     with run.atomic(target / "gallery.jpg") as temporary:
         write_jpeg(temporary, _gallery.draw(scored, _read, title))
@@ -154,25 +163,25 @@ def _read(one: Scored, x0: int, y0: int, width: int, height: int) -> np.ndarray:
     return Slide(one.path, one.mpp).read(x0, y0, width, height, one.mpp)
 
 
-def _mm2(one: Scored) -> float:
-    return math.prod(one.extent_px) * one.mpp**2 / 1e6
-
-
-def _row(one: Scored) -> dict[str, Any]:
-    counts, area_mm2 = one.counts, _mm2(one)
-    table = np.array([counts.matched, counts.found, counts.annotated, area_mm2])
+def _outcome(counts: _score.Counts) -> dict[str, int]:
     return {
-        "image": one.name,
         "tp": counts.matched,
         "fp": counts.found - counts.matched,
         "fn": counts.annotated - counts.matched,
-        **dict(zip(_score.RATES, _score.rates(table).round(6).tolist(), strict=True)),
-        "area_mm2": area_mm2,
     }
 
 
-def _table(name: str, scored: list[Scored], summary: dict[str, Any], radius_um: float) -> None:
-    logger.info("%s, %d images, match within %g um, 95 %% intervals:", name, len(scored), radius_um)
+def _row(one: Scored) -> dict[str, Any]:
+    counts = one.counts
+    table = np.array([counts.matched, counts.found, counts.annotated, one.area_mm2])
+    rates = dict(zip(_score.RATES, _score.rates(table).round(6).tolist(), strict=True))
+    return {"image": one.name, **_outcome(counts), **rates, "area_mm2": one.area_mm2}
+
+
+def _table(name: str, scored: list[Scored], summary: dict[str, Any], search: Search) -> None:
+    line = "%s%s, %d images, match within %g um, 95 %% intervals:"
+    how = ", as tiled" if search.tiling else ""
+    logger.info(line, name, how, len(scored), search.radius_um)
     logger.info("%-14s %-27s %s", "", "pooled", "mean over images")
     for rate in _score.RATES:
         pooled, macro = (

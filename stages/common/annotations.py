@@ -1,26 +1,26 @@
 """Annotated nuclei as people keep them, read into centroids: COCO, Pascal VOC, CSV, label images.
 
-The files are not trusted: no path leads out of the image folder, no XML entity is expanded, and
-what does not fit is an error that names the file and the place. Points are (x, y) in pixels of the
+The files are not trusted: no path leads out of the image folder, and what does not fit, or may be
+read in two ways, is an error that names the file and the place. Points are (x, y) in pixels of the
 image, and pixel column j covers [j, j + 1): the centre of the first pixel is 0.5.
 """
 
 import csv
-import xml.parsers.expat
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from xml.etree import ElementTree
+from pathlib import Path, PurePath
 
 import numpy as np
 from jaxtyping import Float64
 
-from stages.common import coco, masks
+from stages.common import coco, masks, voc
 from stages.common.marks import IMAGES, Extent, Mark, middle, number
 
 NAMED = 5  # so many of a long list are spelled out
 COLUMNS = (("x", "y"), ("x0", "y0", "x1", "y1"))  # of a CSV; the first that are all there serve
+SIDES = {"w", "h", "width", "height"}  # beside x and y, which then may be a corner or the centre
+CLASSLESS = "(none)"  # class of a CSV's row whose cls is empty
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,16 @@ def read(source: Path, folder: Path, classes: Collection[str] = ()) -> Annotatio
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: --images must be the folder of the images")
-    form, marks = _recognised(source, folder)
+    present = sorted(
+        path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in IMAGES
+    )
+    form, marks = _recognised(source, folder, present)
     points: dict[str, list[tuple[float, float]]] = {}
     extents: dict[str, Extent] = {}
     seen: Counter[str] = Counter()
     for mark in marks:
-        extents.setdefault(mark.image, mark.extent_px)
         nuclei = points.setdefault(mark.image, [])
+        extents[mark.image] = _agreed(source, mark, extents.get(mark.image))
         if mark.point is None:
             continue
         seen.update([] if mark.kind is None else [mark.kind])
@@ -76,11 +79,23 @@ def read(source: Path, folder: Path, classes: Collection[str] = ()) -> Annotatio
         Annotated(name, path, np.array(points[name], float).reshape(-1, 2), extents[name])
         for name, path in paths.items()
     ]
-    present = sum(path.suffix.lower() in IMAGES for path in folder.rglob("*"))
-    return Annotations(form, images, dict(seen.most_common()), max(0, present - len(images)))
+    others = max(0, len(present) - len(images))
+    return Annotations(form, images, dict(seen.most_common()), others)
 
 
-def _recognised(source: Path, folder: Path) -> tuple[str, Iterator[Mark] | list[Mark]]:
+def _agreed(source: Path, mark: Mark, known: Extent) -> Extent:
+    if known and mark.extent_px and known != mark.extent_px:
+        first, second = ("{} by {}".format(*one) for one in (known, mark.extent_px))
+        raise ValueError(
+            f"{source}: image {mark.image} is said to be {first} px wide and high, and {second} "
+            "elsewhere: export the annotations anew, for one size"
+        )
+    return known or mark.extent_px
+
+
+def _recognised(
+    source: Path, folder: Path, present: list[PurePath]
+) -> tuple[str, Iterator[Mark] | list[Mark]]:
     if source.is_file():
         if source.suffix.lower() == ".json":
             return "COCO", coco.read(source)
@@ -96,7 +111,7 @@ def _recognised(source: Path, folder: Path) -> tuple[str, Iterator[Mark] | list[
     files = [path for path in sorted(source.iterdir()) if path.is_file() and path.name[0] != "."]
     suffixes = {path.suffix.lower() for path in files}
     if suffixes == {".xml"}:
-        return "Pascal VOC", _voc(files)
+        return "Pascal VOC", voc.read(files, present)
     if suffixes and suffixes <= masks.SUFFIXES:
         return masks.read(files, folder)
     found = ", ".join(sorted(suffixes)[:NAMED]) or "nothing"
@@ -115,18 +130,26 @@ def _check(
         if name not in seen:
             known = ", ".join(sorted(seen)[:20]) or "without classes"
             raise ValueError(f"{source} has no class {name!r}: its nuclei are {known}")
+    for image, nuclei in points.items():
+        (x, y), count = next(iter(Counter(nuclei).most_common(1)), ((0, 0), 0))
+        if count > 1:
+            raise ValueError(
+                f"{source} has {count} nuclei at x {x:g}, y {y:g} of image {image}: each must be "
+                "there once; take the copies out, or choose with --classes"
+            )
 
 
 def _located(source: Path, folder: Path, names: list[str]) -> dict[str, Path]:
     """The file of each image; every one exists, inside the folder, under one name."""
-    paths = {name: _inside(source, folder, name) for name in names}
-    missing = [name for name, path in paths.items() if not path.is_file()]
+    found = {name: _inside(source, folder, name) for name in names}
+    missing = [name for name, path in found.items() if path is None]
     if missing:
         raise FileNotFoundError(
             f"{source}: {len(missing)} of {len(names)} images are not in {folder}: "
             f"{', '.join(missing[:NAMED])}{', ...' if len(missing) > NAMED else ''}; --images must "
             "be the folder where these paths start"
         )
+    paths = {name: path for name, path in found.items() if path is not None}
     first: dict[Path, str] = {}
     for name, path in paths.items():
         if first.setdefault(path, name) != name:
@@ -134,24 +157,27 @@ def _located(source: Path, folder: Path, names: list[str]) -> dict[str, Path]:
     return paths
 
 
-def _inside(source: Path, folder: Path, name: str) -> Path:
+def _inside(source: Path, folder: Path, name: str) -> Path | None:
+    """The file; None where there is none."""
     try:
         path = (folder / name).resolve()
+        found = path.is_file()
     except (ValueError, OSError, RuntimeError) as error:
-        raise ValueError(f"{source}: {name[:100]!r} is no path of an image: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{source}: {name[:100]!r} is no path of an image: {why}") from None
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(
             f"{source}: image {name!r} leads out of {folder}: paths must stay inside --images"
         )
-    return path
+    return path if found else None
 
 
 def _rows(source: Path) -> Iterator[tuple[int, list[str]]]:
     """Number and fields of each row that is not blank, the header first."""
     try:
         with source.open(newline="", encoding="utf-8-sig") as opened:
-            rows = csv.reader(opened, strict=True)
-            yield from ((rows.line_num, row) for row in rows if row)
+            rows = csv.reader(opened, strict=True, skipinitialspace=True)
+            yield from ((rows.line_num, [field.strip() for field in row]) for row in rows if row)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{source} is no CSV in UTF-8: {error}; export it anew") from None
 
@@ -163,9 +189,22 @@ def _columns(source: Path) -> tuple[str, ...]:
             for name in ("path", *columns, "cls"):
                 if header.count(name) > 1:
                     raise ValueError(f"{source}, row 1: column {name} is there twice: keep one")
+            _check_meaning(source, header)
             return columns
     found = ", ".join(header)[:200] or "nothing"
-    raise ValueError(f"{source}, row 1 is {found}: it must name path,x,y or path,x0,y0,x1,y1")
+    raise ValueError(
+        f"{source}, row 1 is {found}: it must name path,x,y or path,x0,y0,x1,y1, between commas"
+    )
+
+
+def _check_meaning(source: Path, header: list[str]) -> None:
+    """Refuse x and y with a width and a height alone: some tools write the corner, some not."""
+    sides = SIDES & {name.lower() for name in header}
+    if len(sides) > 1 and not set(COLUMNS[1]) <= set(header):
+        raise ValueError(
+            f"{source}, row 1 names x,y and {','.join(sorted(sides))}: x,y may be a corner or the "
+            "centre; where it is the centre take these columns out, else write x0,y0,x1,y1"
+        )
 
 
 def _csv(source: Path, columns: tuple[str, ...]) -> Iterator[Mark]:
@@ -180,57 +219,10 @@ def _csv(source: Path, columns: tuple[str, ...]) -> Iterator[Mark]:
         named = dict(zip(header, row, strict=True))
         if not named["path"]:
             raise ValueError(f"{source}, row {line}: path is empty: it must name an image")
-        if not any(named[name].strip() for name in columns):
+        if not any(named[name] for name in columns):
             yield Mark(named["path"])
             continue
         where = f"{source}, row {line}, column"
         box = [number(named[name], f"{where} {name}") for name in columns]
         point = (box[0], box[1]) if len(box) == 2 else middle(box, f"{source}, row {line}: the box")
-        yield Mark(named["path"], point, named.get("cls"))
-
-
-def _voc(files: list[Path]) -> Iterator[Mark]:
-    owners: dict[str, Path] = {}
-    for file in files:
-        root = _xml(file)
-        name = _text(root, "filename", str(file))
-        if owners.setdefault(name, file) != file:
-            raise ValueError(f"{file} and {owners[name].name} both annotate {name}: keep one")
-        sides = [root.findtext(f"size/{side}") or "0" for side in ("width", "height")]
-        width, height = (int(number(side, f"{file}: size")) for side in sides)
-        extent = (width, height) if width and height else None  # tools write 0 for unknown
-        yield Mark(name, extent_px=extent)
-        for at, thing in enumerate(root.findall("object"), start=1):
-            where = f"{file}, object {at}"
-            ends = [
-                number(_text(thing, f"bndbox/{end}", where), f"{where}, {end}")
-                for end in ("xmin", "ymin", "xmax", "ymax")
-            ]
-            x, y = middle(ends, f"{where}: the box")
-            yield Mark(name, (x - 0.5, y - 0.5), _text(thing, "name", where))  # pixels from 1
-
-
-def _text(node: ElementTree.Element, path: str, where: str) -> str:
-    text = (node.findtext(path) or "").strip()
-    if not text:
-        raise ValueError(f"{where} has no {path}: it must be Pascal VOC")
-    return text
-
-
-def _xml(file: Path) -> ElementTree.Element:
-    """The root; a document type, where entities are defined, is refused before one is read."""
-
-    def refuse(*_: object) -> None:
-        raise ValueError(f"{file} has a DOCTYPE, which annotations do not need: remove it")
-
-    content = file.read_bytes()
-    guard = xml.parsers.expat.ParserCreate()
-    guard.StartDoctypeDeclHandler = refuse
-    try:
-        guard.Parse(content, True)
-        root = ElementTree.fromstring(content)
-    except (xml.parsers.expat.ExpatError, ElementTree.ParseError, LookupError) as error:
-        raise ValueError(f"{file} is no XML: {error}; export it anew") from None
-    if root.tag != "annotation":
-        raise ValueError(f"{file} is <{root.tag[:50]}>: it must be <annotation>, of Pascal VOC")
-    return root
+        yield Mark(named["path"], point, (named["cls"] or CLASSLESS) if "cls" in named else None)

@@ -19,7 +19,9 @@ from stages.detectors._score import Counts
 
 COLUMNS, TILES = 4, 12
 TILE_IN = 4.0  # width of a tile
+TALLEST, FLATTEST = 1.5, 0.4  # height to width of a tile; thinner views stand in the middle
 VIEW_UM = 240.0  # side of what a tile shows of a larger image
+LEAST_PX, MOST_PX = 64, 2048  # of it
 DOTS = 100  # per inch
 # Told apart by shape too; bright on blue and violet stains alike, for the colour-blind as well.
 HIT, MISS, FALSE = "#00a35c", "#ffd400", "#ff2d00"
@@ -41,6 +43,7 @@ class Scored:
     found: Detection
     annotated: Float[np.ndarray, "annotated 2"]  # (x, y) px
     pairs: np.ndarray  # rows (found, annotated)
+    area_mm2: float  # that was searched
 
     @property
     def counts(self) -> Counts:
@@ -62,7 +65,8 @@ def draw(
     views = [_view(one) for one in chosen]
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
-    tile_in = TILE_IN * max(height / width for _, _, width, height in views) + 0.5
+    ratio = max(height / width for _, _, width, height in views)
+    tile_in = TILE_IN * min(max(ratio, FLATTEST), TALLEST) + 0.5
     inches = max(columns, 2) * TILE_IN, rows * tile_in + 1.0
     figure = Figure(figsize=inches, dpi=DOTS, layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()
@@ -125,7 +129,7 @@ def _tile(axes: Axes, one: Scored, view: tuple[int, int, int, int], pixels: np.n
 def _view(one: Scored) -> tuple[int, int, int, int]:
     """The part to show: of those centred on an error, the one that holds the most errors."""
     extent = np.array(one.extent_px)
-    side = np.minimum(extent, max(64, round(VIEW_UM / one.mpp)))
+    side = np.minimum(extent, min(max(LEAST_PX, round(VIEW_UM / one.mpp)), MOST_PX))
     missed, false = _errors(one)
     points = np.concatenate([one.annotated[missed], one.found.centroid_px[false]])
     points = points if len(points) else np.concatenate([one.annotated, extent[None] / 2])

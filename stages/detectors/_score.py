@@ -33,17 +33,21 @@ class Counts:
     @property
     def precision(self) -> float:
         """Share of what was found that is annotated; 1 when nothing was found."""
-        return float(_share(self.matched, self.found))
+        return self._rate("precision")
 
     @property
     def recall(self) -> float:
         """Share of what is annotated that was found; 1 when nothing is annotated."""
-        return float(_share(self.matched, self.annotated))
+        return self._rate("recall")
 
     @property
     def f1(self) -> float:
         """Harmonic mean of precision and recall; 1 when there was nothing and nothing was found."""
-        return float(_share(2 * self.matched, self.found + self.annotated))
+        return self._rate("f1")
+
+    def _rate(self, name: str) -> float:
+        counted = np.array([self.matched, self.found, self.annotated, 1.0])
+        return float(rates(counted)[RATES.index(name)])
 
 
 def match(
@@ -117,7 +121,7 @@ def summarise(
 
 
 def rates(counted: Float64[np.ndarray, "*rows 4"]) -> Float64[np.ndarray, "*rows 4"]:
-    """`RATES` from matched, found, annotated, mm2; shares of nothing are 1, as in `Counts`."""
+    """`RATES` from matched, found, annotated, mm2; shares of nothing are 1."""
     matched, found, annotated, area_mm2 = np.moveaxis(counted, -1, 0)
     return np.stack(
         [
@@ -130,8 +134,7 @@ def rates(counted: Float64[np.ndarray, "*rows 4"]) -> Float64[np.ndarray, "*rows
     )
 
 
-def _share(part: np.ndarray | float, whole: np.ndarray | float) -> np.ndarray:
-    whole = np.asarray(whole)
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.where(whole > 0, part / np.maximum(whole, 1), 1.0)
 
 

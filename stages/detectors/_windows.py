@@ -1,69 +1,101 @@
-"""Nuclei of an image of any size: whole, or in overlapping windows that count each nucleus once."""
+"""Nuclei of an image of any size: in overlapping windows that count each nucleus once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Bool, Float32, UInt8
+from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from scipy.spatial import KDTree
 
-from stages.detectors import Detection, Detector
+from stages.detectors import Detection
 
 WINDOW_PX = 1024  # images up to this size are given whole
 MARGIN_UM = 24.0  # a window sees so far beyond its own part: more than the width of a nucleus
 SLACK_UM = 1.0  # two windows may place one nucleus so far apart
 
-Read = Callable[[int, int, int, int], UInt8[np.ndarray, "height width 3"]]  # x0, y0, width, height
+# x0, y0 in pixels of the image; width, height, and the mpp of these two, as of `Slide.read`.
+Read = Callable[[int, int, int, int, float], UInt8[np.ndarray, "height width 3"]]
+# Patches of one size and their mpp to the nuclei of each, as `_batches.Batches`.
+Run = Callable[[Sequence[np.ndarray], float], Iterator[Detection]]
+Corners = Int64[np.ndarray, "window 2"]  # (x0, y0)
 
 
-def detect(read: Read, width_px: int, height_px: int, mpp: float, detector: Detector) -> Detection:
+class Parts(Sequence[np.ndarray]):
+    """Parts of an image, of one size, read as they are needed."""
+
+    def __init__(self, read: Read, corners: Corners, extent_px: tuple[int, int], mpp: float):
+        """`extent_px` is width and height of each part, at `mpp`."""
+        self._read, self._corners = read, corners.tolist()
+        self._extent, self._mpp = extent_px, mpp
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self._corners)
+
+    def __getitem__(self, at: int) -> np.ndarray:  # type: ignore[override]
+        """Part `at`, uint8 RGB."""
+        return self._read(*self._corners[at], *self._extent, self._mpp)
+
+
+def windows(
+    extent_px: tuple[int, int], mpp: float
+) -> tuple[Corners, tuple[int, int], Float64[np.ndarray, "window 2 2"]]:
+    """Corners of the windows, their width and height, and of each the part that is its own.
+
+    A part is [(x, y) of its begin, (x, y) of its end]; together they are the image.
+    """
+    (columns, width, own_x), (rows, height, own_y) = (_spans(side, mpp) for side in extent_px)
+    grid = [(x, y) for y in range(len(rows)) for x in range(len(columns))]
+    corners = np.array([(columns[x], rows[y]) for x, y in grid])
+    own = np.array([np.stack([own_x[x], own_y[y]], axis=1) for x, y in grid])
+    return corners, (width, height), own
+
+
+def detect(read: Read, extent_px: tuple[int, int], mpp: float, run: Run) -> Detection:
     """The nuclei of an image.
 
     Args:
         read: Gives RGB pixels of a part of the image.
-        width_px: Of the image.
-        height_px: Of the image.
+        extent_px: Width and height of the image.
         mpp: Microns per pixel of the image.
-        detector: See `stages.detectors.Detector`.
+        run: Finds the nuclei of each of some patches.
 
     Returns:
         Positions in pixels of the image, window by window.
     """
-    parts, origins = [], []
-    for y0, height, rows in _spans(height_px, mpp):
-        for x0, width, columns in _spans(width_px, mpp):
-            found = detector(read(x0, y0, width, height)[None], mpp)[0]
-            moved = _moved(found, np.array([x0, y0], np.float32))
-            parts.append(_taken(moved, _inside(moved.centroid_px, columns, rows, SLACK_UM / mpp)))
-            origins.append(np.full(len(parts[-1].score), len(origins)))
-    together = _joined(parts)
-    return _taken(together, _unique(together, np.concatenate(origins), 2 * SLACK_UM / mpp))
+    corners, extent, own = windows(extent_px, mpp)
+    found = list(run(Parts(read, corners, extent, mpp), mpp))
+    parts = [
+        taken(one, _inside(one.centroid_px, part, SLACK_UM / mpp))
+        for one, part in zip(map(moved, found, corners.astype(float)), own, strict=True)
+    ]
+    together, window = joined(parts)
+    return taken(together, _unique(together, window, 2 * SLACK_UM / mpp))
 
 
-def _spans(length: int, mpp: float) -> list[tuple[int, int, tuple[float, float]]]:
-    """(start, length, the part that is its own) of each window along one axis."""
+def _spans(
+    length: int, mpp: float
+) -> tuple[Int64[np.ndarray, " window"], int, Float64[np.ndarray, "window 2"]]:
+    """Starts of the windows along one axis, their length, and of each the part that is its own."""
     side = max(WINDOW_PX, round(8 * MARGIN_UM / mpp))
     if length <= side:
-        return [(0, length, (0.0, float(length)))]
+        return np.zeros(1, np.int64), length, np.array([[0.0, length]])
     overlap = round(2 * MARGIN_UM / mpp)
     count = -(-(length - overlap) // (side - overlap))
-    starts = np.linspace(0, length - side, count).round().astype(int)
-    edges = [0.0, *((starts[:-1] + side + starts[1:]) / 2).tolist(), float(length)]
-    ends = zip(edges[:-1], edges[1:], strict=True)
-    return [(start, side, own) for start, own in zip(starts.tolist(), ends, strict=True)]
+    starts = np.linspace(0, length - side, count).round().astype(np.int64)
+    edges = np.array([0.0, *((starts[:-1] + side + starts[1:]) / 2), length])
+    return starts, side, np.stack([edges[:-1], edges[1:]], axis=1)
 
 
 def _inside(
-    points: Float32[np.ndarray, "nuclei 2"],
-    columns: tuple[float, float],
-    rows: tuple[float, float],
-    slack_px: float,
+    points: Float32[np.ndarray, "nuclei 2"], part: Float64[np.ndarray, "2 2"], slack_px: float
 ) -> Bool[np.ndarray, " nuclei"]:
-    low, high = np.array([columns, rows]).T
-    return ((points >= low - slack_px) & (points < high + slack_px)).all(axis=1)
+    return ((points >= part[0] - slack_px) & (points < part[1] + slack_px)).all(axis=1)
 
 
-def _unique(found: Detection, window: np.ndarray, radius_px: float) -> Bool[np.ndarray, " nuclei"]:
+def _unique(
+    found: Detection, window: Int64[np.ndarray, " nuclei"], radius_px: float
+) -> Bool[np.ndarray, " nuclei"]:
     """False for those that another window saw too, with a higher score."""
     kept = np.ones(len(found.score), bool)
     if len(kept):
@@ -74,21 +106,28 @@ def _unique(found: Detection, window: np.ndarray, radius_px: float) -> Bool[np.n
     return kept
 
 
-def _moved(found: Detection, by: Float32[np.ndarray, " 2"]) -> Detection:
-    outlines = found.outline_px and [outline + by for outline in found.outline_px]
-    return replace(found, centroid_px=found.centroid_px + by, outline_px=outlines)
+def moved(found: Detection, by: Float64[np.ndarray, " 2"], scale: float = 1.0) -> Detection:
+    """Nuclei of a part as those of the image: positions times `scale`, moved by (x, y)."""
+    outlines = found.outline_px and [
+        (outline * scale + by).astype(np.float32) for outline in found.outline_px
+    ]
+    centroid = (found.centroid_px.astype(np.float64) * scale + by).astype(np.float32)
+    return replace(found, centroid_px=centroid, outline_px=outlines)
 
 
-def _taken(found: Detection, kept: Bool[np.ndarray, " nuclei"]) -> Detection:
+def taken(found: Detection, kept: Bool[np.ndarray, " nuclei"]) -> Detection:
+    """Some of the nuclei."""
     outlines = found.outline_px and [found.outline_px[at] for at in np.flatnonzero(kept)]
     arrays = [found.centroid_px[kept], found.radius_um[kept], found.score[kept]]
     return Detection(*arrays, outline_px=outlines)
 
 
-def _joined(parts: list[Detection]) -> Detection:
+def joined(parts: list[Detection]) -> tuple[Detection, Int64[np.ndarray, " nuclei"]]:
+    """All nuclei of some parts, and the row in `parts` of each; outlines where all have them."""
     outlines = [part.outline_px for part in parts]
     names = ("centroid_px", "radius_um", "score")
-    return Detection(
+    together = Detection(
         *[np.concatenate([getattr(part, name) for part in parts]) for name in names],
         outline_px=None if None in outlines else [one for some in outlines for one in some],
     )
+    return together, np.repeat(np.arange(len(parts)), [len(part.score) for part in parts])
