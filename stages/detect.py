@@ -5,6 +5,7 @@
             data/detect/<slide>/overlay.jpg  some patches with their nuclei drawn
             data/detect/<slide>/tally.json   counts and radii in short (stages/common/tally.py)
             data/detect/slides.csv           a slide a row, odd ones flagged (common/quality.py)
+            data/detect/overall.csv          what is odd of all slides alike, as a wrong mpp
             data/detect/metrics.json         slides, patches, nuclei, ...
 
 Run it with `dvc repro detect`; its settings are the `detect` section of params.yaml, those of the
@@ -117,8 +118,15 @@ def make(folder: Path, job: Job) -> None:
     }
     centroid = _level0(patches, rows, centroid_px)
     stores.create_nuclei(folder / "nuclei.zarr", centroid, rows, radius_um, score, attributes)
-    tally.write(folder, tally.of(len(found), rows, radius_um))
+    limits_um = _limits(job.arguments["own"])
+    tally.write(folder, tally.of(len(found), rows, radius_um, limits_um))
     _overlay.write(folder / "overlay.jpg", patches, found, patches.attributes["mpp"])
+
+
+def _limits(own: Any) -> dict[str, float]:
+    """The radii beyond which a detector drops nuclei, from its params."""
+    there = {side: name for side, name in tally.LIMITS.items() if hasattr(own, name)}
+    return {side: getattr(own, name) for side, name in there.items()}
 
 
 def _level0(

@@ -25,6 +25,7 @@ ENGINE = frozenset(
         "common.run",
         "common.devices",
         "common.quality",
+        "common.flags",
         "common.watch",
         "common.card",
         "common.sheet",

@@ -1,5 +1,6 @@
 """The report's section on nuclei: what detect's tables (stages/common/quality.py) say, drawn."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from stages.common import figures
 
-BARS = 60  # of a histogram at most
+# Counts are skewed: most patches hold a few, some hundreds. Bars for 0, 1, ... and wider classes.
+CLASSES = (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 100, 200, 500, 1000)
 FLAGGED_SHOWN = 24
 TICKS = [0, *(step * 10**power for power in range(6) for step in (1, 2, 5))]
 BAR, ODD = figures.COLORS[0], figures.COLORS[1]
@@ -28,6 +30,7 @@ def section(folder: Path) -> dict[str, Any]:
     flagged = slides[slides["flags"] != ""].to_dict("records")
     return {
         "slides": len(slides),
+        "overall": _read(folder / "overall.csv").to_dict("records"),
         "flagged": len(flagged),
         "per_patch": per_patch(_read(folder / "nuclei_per_patch.csv")),
         "per_slide": per_slide(slides),
@@ -40,14 +43,25 @@ def section(folder: Path) -> dict[str, Any]:
 
 
 def per_patch(table: pd.DataFrame) -> Markup:
-    """Histogram of nuclei per patch; columns nuclei and patches."""
+    """Histogram of nuclei per patch, a bar for each of CLASSES; columns nuclei and patches."""
     figure, axes = figures.blank(3.6, 2.4)
-    top = int(table.nuclei.max()) + 1
-    edges = np.arange(0, top + (width := -(-top // BARS)), width)
-    _bars(axes, edges - 0.5, np.histogram(table.nuclei, edges, weights=table.patches)[0])
+    most = int(table.nuclei.max()) if len(table) else 0
+    edges = [low for low in CLASSES if low <= most]
+    counts = np.histogram(table.nuclei, [*edges, math.inf], weights=table.patches)[0]
+    axes.bar(np.arange(len(edges)), counts, width=0.9, color=BAR)
+    axes.set_xticks(np.arange(len(edges)), _labels(edges), rotation=90 if len(edges) > 8 else 0)
     axes.set(xlabel="nuclei in a patch", ylabel="patches")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figures.svg(figure, "per-patch")
+
+
+def _labels(edges: list[int]) -> list[str]:
+    """Of classes that begin there: 5, 6–7, 1000+."""
+    ends = [low - 1 for low in CLASSES[1 : len(edges) + 1]]
+    closed = [
+        str(low) if low == high else f"{low}–{high}" for low, high in zip(edges, ends, strict=False)
+    ]
+    return [*closed, f"{CLASSES[-1]}+"][: len(edges)]
 
 
 def per_slide(slides: pd.DataFrame) -> Markup:
@@ -97,7 +111,7 @@ def _need(path: Path) -> Path:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    texts = ["slide_id", "flags", "why"]
+    texts = ["slide_id", "flag", "flags", "why"]
     # An id may be written NA: empty cells of text stay text.
     table = pd.read_csv(_need(path), dtype=dict.fromkeys(texts, str), keep_default_na=False)
     numbers = [name for name in table if name not in texts]

@@ -1,7 +1,6 @@
-"""Quality of detection: the tables against plain definitions, flags on cohorts made for them."""
+"""Quality of detection: the tables and the log against plain definitions."""
 
 import csv
-import math
 from pathlib import Path
 
 import numpy as np
@@ -18,100 +17,6 @@ def slide(per_patch: float, radius_um: float = 4.0, patches: int = 50) -> Tally:
     rng = np.random.default_rng(round(per_patch * 100))
     index = np.sort(rng.integers(0, patches, round(per_patch * patches)))
     return tally.of(patches, index, rng.uniform(0.9, 1.1, len(index)) * radius_um)
-
-
-def cohort(count: int = 20, **odd: Tally) -> dict[str, Tally]:
-    """Slides that differ as those of one laboratory do, and the odd ones."""
-    even = {f"s{at}": slide(5 + at % 4, 3.8 + 0.1 * (at % 5)) for at in range(count)}
-    return {**even, **odd}
-
-
-def words(tallies: dict[str, Tally]) -> dict[str, list[str]]:
-    return {name: list(flags) for name, flags in quality.find(tallies).items() if flags}
-
-
-def test_an_even_cohort_flags_nothing():
-    assert words(cohort()) == {}
-
-
-def test_slides_that_are_all_alike_flag_nothing():
-    assert words({f"s{at}": slide(5) for at in range(20)}) == {}
-
-
-@pytest.mark.parametrize("count", [1, 2, 7])
-def test_a_small_cohort_is_not_compared(count):
-    assert words({f"s{at}": slide(3.0 * 4**at, 3 + 0.5 * at) for at in range(count)}) == {}
-
-
-def test_few_and_many_nuclei_are_told_apart():
-    found = quality.find(cohort(pale=slide(0.5), dirty=slide(40)))
-    assert {name: list(flags) for name, flags in found.items() if flags} == {
-        "pale": ["few nuclei"],
-        "dirty": ["many nuclei"],
-    }
-    few, many = found["pale"]["few nuclei"], found["dirty"]["many nuclei"]
-    assert few.startswith("0.5 nuclei per patch in 50 patches, where 6.")
-    assert "per patch are usual in this cohort: see in its overlay" in few
-    assert "stain" in few and "mpp in cohort.csv" in few
-    assert many.startswith("40 nuclei per patch") and "debris" in many
-
-
-def test_a_slide_of_twice_the_usual_spread_within_a_factor_of_two_passes():
-    even = {f"s{at}": slide(5 + 0.1 * (at % 3)) for at in range(20)}
-    assert words({**even, "more": slide(9.5), "less": slide(2.7)}) == {}
-
-
-def test_a_wide_cohort_flags_only_what_is_wider():
-    wide = {f"s{at}": slide(2.0 ** (at % 5)) for at in range(25)}
-    assert words({**wide, "within": slide(20.0)}) == {}
-
-
-def test_no_nuclei_is_always_flagged():
-    assert words({"only": slide(0)}) == {"only": ["no nuclei"]}
-    alone = quality.find({"only": slide(0)})["only"]["no nuclei"]
-    assert alone.startswith("No nucleus was found in 50 patches: see in its overlay")
-    among = quality.find(cohort(blank=slide(0)))["blank"]["no nuclei"]
-    assert among.startswith("No nucleus was found in 50 patches, where 6.")
-
-
-def test_empty_slides_do_not_make_the_usual_ones_odd():
-    empty = {f"e{at}": slide(0) for at in range(30)}
-    assert set(words(cohort(**empty))) == set(empty)
-
-
-def test_a_slide_of_few_patches_is_left_to_chance():
-    assert words(cohort(small=slide(2, patches=1), large=slide(2, patches=90))) == {
-        "large": ["few nuclei"]
-    }
-
-
-@pytest.mark.parametrize(("factor", "word"), [(0.6, "small nuclei"), (1.8, "large nuclei")])
-def test_a_wrong_mpp_shows_in_the_radii(factor, word):
-    found = quality.find(cohort(wrong=slide(6, 4 * factor)))
-    assert [name for name, flags in found.items() if flags] == ["wrong"]
-    why = found["wrong"][word]
-    assert why.startswith(f"The median radius is {4 * factor:.2g}")
-    assert " µm is usual in this cohort: its mpp in cohort.csv may be too" in why
-
-
-def test_radii_that_no_cell_has_are_flagged_in_one_slide_too():
-    assert words({"a": slide(6, 1.2), "b": slide(6, 11)}) == {
-        "a": ["small nuclei"],
-        "b": ["large nuclei"],
-    }
-    why = quality.find({"b": slide(6, 11)})["b"]["large nuclei"]
-    assert "where 2 to 8 µm occur in cells" in why
-
-
-def test_a_few_nuclei_say_nothing_of_the_radius():
-    assert words(cohort(wrong=slide(6, 11, patches=3))) == {}
-
-
-def test_the_spread_is_that_of_the_definition():
-    values = [math.log1p(n) for n in (1, 4, 4.5, 5, 6, 7, 8, 9, 40)]
-    usual = quality._usual(values)
-    away = sorted(abs(value - sorted(values)[4]) for value in values)
-    assert usual.value(1) == pytest.approx(6) and usual.spread == pytest.approx(1.4826 * away[4])
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -176,7 +81,44 @@ def test_the_metrics_count(tmp_path):
         "nuclei_per_patch": 54 / 33,
         "patches_without_nuclei": empty,
         "slides_flagged": 1,
+        "cohort_flags": 0,
     }
+
+
+def test_what_is_wrong_with_all_slides_is_said_first(tmp_path, caplog):
+    """Each of them holds too few nuclei to say it."""
+    names = [f"s{at}" for at in range(40)]
+    for name in names:
+        (tmp_path / name).mkdir()
+        tally.write(tmp_path / name, slide(0.2, 2.2))
+    assert quality.write(tmp_path, names)["cohort_flags"] == 1
+    assert caplog.records[0].getMessage().startswith("all 40 slides together: The median radius")
+    (row,) = read(tmp_path / "overall.csv")
+    assert row["flag"] == "small nuclei" and "the slides' mpp in cohort.csv" in row["why"]
+
+
+def test_a_total_is_the_tally_of_all_nuclei():
+    radii = [RNG.uniform(2, 7, count).astype(np.float32) for count in (30, 0, 71)]
+    limits = {"least": 2.0, "most": 7.0}
+    parts = [tally.of(9, np.sort(RNG.integers(0, 9, len(r))), r, limits) for r in radii]
+    total = tally.total(parts)
+    whole = tally.of(27, np.zeros(101, np.int64), np.concatenate(radii), limits)
+    assert (total.patches, total.nuclei, total.radius_bins) == (27, 101, whole.radius_bins)
+    assert total.at_limit == whole.at_limit and total.limits_um == limits
+    assert sum(total.per_patch.values()) == 27
+    assert total.radius_um["p50"] == pytest.approx(whole.radius_um["p50"], abs=0.25)
+    assert tally.total([]).nuclei == 0
+
+
+def test_the_median_of_a_histogram_by_hand():
+    assert tally._median({0: 2, 4: 2}) == 0.25  # two of four lie below the end of the first bin
+    assert tally._median({4: 1, 8: 4}) == pytest.approx((8 + 1.5 / 4) * 0.25, abs=1e-4)
+
+
+def test_nuclei_at_the_limits_are_counted_within_a_fifth():
+    radius = np.array([1.8, 2.16, 2.17, 4.0, 7.19, 7.2, 9.0])
+    one = tally.of(1, np.zeros(7, np.int64), radius, {"least": 1.8, "most": 9.0})
+    assert one.at_limit == {"least": 2, "most": 2}
 
 
 def test_the_odd_slides_are_logged_once_and_not_by_the_thousand(tmp_path, caplog):

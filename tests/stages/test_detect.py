@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from stages import detect
-from stages.common import cache, stores
+from stages.common import cache, fingerprint, stores, tally
 from stages.common.perslide import Job
 from stages.detectors import Detection, _batches, _overlay, cellpose, hematoxylin
 from tests.stages.test_instanseg import WEIGHTS
@@ -110,6 +110,33 @@ def test_a_slide_without_nuclei_has_an_empty_store(data):
     assert (folder / "overlay.jpg").is_file()
 
 
+def test_the_tally_knows_the_radii_that_the_detector_drops(data):
+    a_slide(data, "a", NUCLEI)
+    assert tally.read(made(data, "a")).limits_um == {"least": 1.8, "most": 9.0}
+
+
+def test_pictures_and_flags_are_not_in_the_key_and_what_is_stored_is(tmp_path):
+    """An edit of the overlay's colour must not detect thousands of slides again."""
+    for package in ("stages", "cytossl_core"):
+        shutil.copytree(fingerprint.ROOT / package, tmp_path / package)
+
+    def digest() -> str:
+        fingerprint._tree.cache_clear()
+        modules = ("stages.detect", "stages.detectors.hematoxylin")
+        return fingerprint.code_digest(modules, tmp_path)
+
+    before = digest()
+    for name in ("detectors/_overlay", "detectors/_outlines", "common/pictures", "common/flags"):
+        with (tmp_path / "stages" / f"{name}.py").open("a") as opened:
+            opened.write("EDITED = 1\n")
+    assert digest() == before
+    for name in ("common/stores", "common/tally", "detectors/_patches", "detectors/hematoxylin"):
+        with (tmp_path / "stages" / f"{name}.py").open("a") as opened:
+            opened.write("EDITED = 1\n")
+        assert digest() != before
+        before = digest()
+
+
 def test_overlay_circles_nuclei_and_goes_from_full_to_empty(data):
     a_slide(data, "a", NUCLEI)
     sheet = cv2.imread(str(made(data, "a") / "overlay.jpg"))[..., ::-1].astype(int)
@@ -155,6 +182,7 @@ def test_the_stage_writes_all_slides_and_metrics(data):
         "nuclei_per_patch": 5 / 6,
         "patches_without_nuclei": 2,
         "slides_flagged": 0,
+        "cohort_flags": 0,
     }
 
 
