@@ -65,10 +65,12 @@ def cell(predictions: pd.DataFrame, classes: Sequence[str], seed: int = 0) -> di
     ensembles = [fold.ensemble() for fold in tests]
     draws = intervals.resamples(tests, pairs.patients_of(tests), seed)
     runs = [_runs(test, val) for test, val in zip(tests, vals, strict=True)]
+    means = merits.mean_of([run for split in runs for run in split])
     return {
         **_counts(tests),
         **_area("auc", tests, draws),
-        **merits.mean_of([run for split in runs for run in split]),
+        **means,
+        **_wilson(means, tests),
         **_spreads(runs),
         **_calibration(tests),
         **_area("ensemble_auc", ensembles, draws),
@@ -107,6 +109,11 @@ def threshold_from(labels: Labels, probability: Probability) -> float:
 def screening_threshold(labels: Labels, probability: Probability) -> float:
     """The highest threshold that calls at least 95 % of the class-1 slides; for validation."""
     falling = np.sort(probability[labels == 1])[::-1]
+    if len(falling) == 0:
+        raise ValueError(
+            f"of {len(labels)} validation slides none is of class 1: the threshold of screening "
+            "needs some; add patients of that class and rerun `dvc repro split`"
+        )
     return float(falling[int(np.ceil(SENSITIVITY * len(falling) - 1e-9)) - 1])
 
 
@@ -205,8 +212,7 @@ def _of_ensembles(folds: list[Scores]) -> dict[str, float]:
     ap = [merits.areas(fold.label, fold.probability[0])["ap"] for fold in folds]
     figures |= {"ap": float(np.mean(ap))}
     figures |= {"brier": float(np.mean([merits.brier(f.label, f.probability[0]) for f in folds]))}
-    for name, count in _patients(folds).items():
-        figures |= _ends(name, {"wilson": intervals.wilson(figures[name], count)})
+    figures |= _wilson(figures, folds)
     figures |= {
         f"actual_{actual}_called_{called}": float(counts[actual, called])
         for actual in range(classes)
@@ -215,16 +221,19 @@ def _of_ensembles(folds: list[Scores]) -> dict[str, float]:
     return {f"ensemble_{name}": value for name, value in figures.items()}
 
 
-def _patients(folds: list[Scores]) -> dict[str, int]:
-    """How many patients stand behind each share: slides of one are no independent trials."""
+def _wilson(figures: dict[str, float], folds: list[Scores]) -> dict[str, float]:
+    """Intervals of the shares; slides of one patient are no independent trials, patients are."""
     of_class = [
         len({patient for fold in folds for patient in fold.patient[fold.label == at]})
         for at in range(folds[0].probability.shape[2])
     ]
-    found = {"accuracy": len(pairs.patients_of(folds))}
-    return found | (
-        {"recall": of_class[1], "specificity": of_class[0]} if len(of_class) == 2 else {}
-    )
+    trials = {"accuracy": len(pairs.patients_of(folds))}
+    if len(of_class) == 2:
+        trials |= {"specificity": of_class[0], "recall": of_class[1]}
+    ends = {name: intervals.wilson(figures[name], count) for name, count in trials.items()}
+    return {
+        key: value for name in ends for key, value in _ends(name, {"wilson": ends[name]}).items()
+    }
 
 
 def score(labels: Labels, probability: Probability, threshold: float) -> dict[str, float]:
