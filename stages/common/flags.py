@@ -12,7 +12,8 @@ more they may be off.
 Source: Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993, for 3.5 robust standard
 deviations; the factors, ranges and shares are ours, from liquid-based Papanicolaou fields, blood
 films and drawn smears at a right mpp (medians of 2.9 to 3.8 µm, at most 10 % at a limit) and at one
-that is wrong by a factor of 0.5 to 2. A factor below 1.4 may stay unseen.
+that is wrong by a factor of 0.5 to 2. Of one slide a factor of 1.4 is seen among right ones; of a
+whole cohort one of 2, hardly one of 1.4: nuclei differ that much from stain to stain.
 """
 
 import math
@@ -43,11 +44,12 @@ CHECKS = {
     "grains or debris were taken for nuclei",
     "large nuclei": "{its} mpp in cohort.csv may be too large; see in {its} overlay too whether "
     "clumps were taken for nuclei",
-    "cut off below": "smaller ones were dropped; {its} mpp in cohort.csv may be too small, else "
-    "lower the limit",
-    "cut off above": "larger ones were dropped; {its} mpp in cohort.csv may be too large, else "
-    "raise the limit",
+    "radii at the lower limit": "smaller ones were dropped; {its} mpp in cohort.csv may be too "
+    "small, else lower the limit",
+    "radii at the upper limit": "larger ones were dropped; {its} mpp in cohort.csv may be too "
+    "large, else raise the limit",
 }
+IMPLIED = {"radii at the lower limit": "small nuclei", "radii at the upper limit": "large nuclei"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def find(tallies: dict[str, Tally]) -> dict[str, dict[str, str]]:
     measured = [one.radius_um["p50"] for one in filled if one.nuclei >= RADIUS_NUCLEI]
     radii = _usual([math.log(radius) for radius in measured])
     return {
-        slide_id: {**_count_flag(one, counts), **_radius_flag(one, radii), **_limit_flags(one)}
+        slide_id: {**_count_flag(one, counts), **_size_flags(one, radii)}
         for slide_id, one in tallies.items()
     }
 
@@ -106,7 +108,7 @@ def overall(tallies: dict[str, Tally], found: dict[str, dict[str, str]]) -> dict
     if len(some) < 2:
         return {}
     together, its = tally.total(some), "the slides'"
-    return {**_radius_flag(together, NOTHING_USUAL, its), **_limit_flags(together, its)}
+    return _size_flags(together, NOTHING_USUAL, its)
 
 
 def _usual(values: list[float]) -> Usual:
@@ -132,7 +134,15 @@ def _count_flag(one: Tally, usual: Usual) -> dict[str, str]:
     return _flag(word, found + known, "its")
 
 
-def _radius_flag(one: Tally, usual: Usual, its: str = "its") -> dict[str, str]:
+def _size_flags(one: Tally, usual: Usual, its: str = "its") -> dict[str, str]:
+    """Of the median, or else of the limits: one cause is told once."""
+    median = _radius_flag(one, usual, its)
+    return median | {
+        word: why for word, why in _limit_flags(one, its).items() if IMPLIED[word] not in median
+    }
+
+
+def _radius_flag(one: Tally, usual: Usual, its: str) -> dict[str, str]:
     if not one.nuclei:
         return {}
     radius = one.radius_um["p50"]
@@ -150,7 +160,7 @@ def _radius_flag(one: Tally, usual: Usual, its: str = "its") -> dict[str, str]:
     return _flag("small nuclei" if side < 0 else "large nuclei", found, its)
 
 
-def _limit_flags(one: Tally, its: str = "its") -> dict[str, str]:
+def _limit_flags(one: Tally, its: str) -> dict[str, str]:
     flags: dict[str, str] = {}
     for side, limit_um in one.limits_um.items():
         share, near = LIMIT_SHARES[side], one.at_limit[side]
@@ -160,7 +170,8 @@ def _limit_flags(one: Tally, its: str = "its") -> dict[str, str]:
                 f"{AT_LIMIT:.0%} of the detector's {LIMITS[side]} ({limit_um:g} µm), where "
                 f"{share:.0%} at most are expected"
             )
-            flags |= _flag("cut off below" if side == "least" else "cut off above", found, its)
+            word = f"radii at the {'lower' if side == 'least' else 'upper'} limit"
+            flags |= _flag(word, found, its)
     return flags
 
 

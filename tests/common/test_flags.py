@@ -149,9 +149,9 @@ def test_a_right_cohort_and_a_single_slide_are_not_flagged_as_a_whole():
 @pytest.mark.parametrize(
     ("share", "radius_um", "word"),
     [
-        (0.35, 2.0, ["cut off below"]),
+        (0.35, 2.0, ["radii at the lower limit"]),
         (0.2, 2.0, []),
-        (0.15, 8.0, ["cut off above"]),
+        (0.15, 8.0, ["radii at the upper limit"]),
         (0.05, 8.0, []),
     ],
 )
@@ -177,3 +177,8 @@ def test_the_spread_is_that_of_the_definition():
     usual = flags._usual(values)
     away = sorted(abs(value - sorted(values)[4]) for value in values)
     assert usual.value(1) == pytest.approx(6) and usual.spread == pytest.approx(1.4826 * away[4])
+
+
+def test_one_cause_is_told_once():
+    one = tally.of(40, np.repeat(np.arange(40), 5), np.full(200, 2.0), LIMITS)
+    assert list(flags.find({"a": one})["a"]) == ["small nuclei"]
