@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64, UInt8
 from scipy.spatial import KDTree
 
-from stages.detectors import Detection
+from stages.detectors import Detection, _spans
 
 WINDOW_PX = 1024  # images up to this size are given whole
 MARGIN_UM = 24.0  # a window sees so far beyond its own part: more than the width of a nucleus
@@ -44,7 +44,10 @@ def windows(
 
     A part is [(x, y) of its begin, (x, y) of its end]; together they are the image.
     """
-    (columns, width, own_x), (rows, height, own_y) = (_spans(side, mpp) for side in extent_px)
+    window_px = max(WINDOW_PX, round(8 * MARGIN_UM / mpp))
+    (columns, width, own_x), (rows, height, own_y) = (
+        _spans.of(side, window_px, round(2 * MARGIN_UM / mpp)) for side in extent_px
+    )
     grid = [(x, y) for y in range(len(rows)) for x in range(len(columns))]
     corners = np.array([(columns[x], rows[y]) for x, y in grid])
     own = np.array([np.stack([own_x[x], own_y[y]], axis=1) for x, y in grid])
@@ -71,20 +74,6 @@ def detect(read: Read, extent_px: tuple[int, int], mpp: float, run: Run) -> Dete
     ]
     together, window = joined(parts)
     return taken(together, _unique(together, window, 2 * SLACK_UM / mpp))
-
-
-def _spans(
-    length: int, mpp: float
-) -> tuple[Int64[np.ndarray, " window"], int, Float64[np.ndarray, "window 2"]]:
-    """Starts of the windows along one axis, their length, and of each the part that is its own."""
-    side = max(WINDOW_PX, round(8 * MARGIN_UM / mpp))
-    if length <= side:
-        return np.zeros(1, np.int64), length, np.array([[0.0, length]])
-    overlap = round(2 * MARGIN_UM / mpp)
-    count = -(-(length - overlap) // (side - overlap))
-    starts = np.linspace(0, length - side, count).round().astype(np.int64)
-    edges = np.array([0.0, *((starts[:-1] + side + starts[1:]) / 2), length])
-    return starts, side, np.stack([edges[:-1], edges[1:]], axis=1)
 
 
 def _inside(

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 
 from stages.common import devices
-from stages.detectors import Detection, _identity, _scaling
+from stages.detectors import Detection, _identity, _scaling, _spans
 from stages.detectors._cellvit_cells import separate
 from stages.detectors._labels import measure
 from stages.detectors._patches import check
@@ -30,7 +30,7 @@ from stages.detectors._patches import check
 if TYPE_CHECKING:
     from stages.detectors._cellvit_weights import Model
 
-VERSION = 1  # raise it when the same input gives other nuclei
+VERSION = 2  # raise it when the same input gives other nuclei
 LIBRARIES = ("opencv-python-headless", "scikit-image", "scipy", "torch")
 SCALES = (0.25, 0.5)  # microns per pixel of the released weights, x40 and x20
 HOME = "https://zenodo.org/records/15094831 (CellViT-256-x40-AMP.pth or CellViT-SAM-H-x40-AMP.pth)"
@@ -89,13 +89,12 @@ class _CellViT:
     ) -> Float32[np.ndarray, "3 height width"]:
         """Probability and the two offsets; of a large image from overlapping windows."""
         maps = np.empty((3, *image.shape[:2]), np.float32)
-        for top, bottom, rows in _spans(image.shape[0]):
-            for left, right, columns in _spans(image.shape[1]):
+        for top, bottom, row in _windows(image.shape[0]):
+            for left, right, column in _windows(image.shape[1]):
                 window = image[top:bottom, left:right]
                 found = self._model(_padded(window))[:, : len(window), : window.shape[1]]
-                own = slice(rows.start - top, None), slice(columns.start - left, None)
                 # What lies right of and below a window's own part is overwritten by the next one.
-                maps[:, rows.start : bottom, columns.start : right] = found[:, *own]
+                maps[:, row:bottom, column:right] = found[:, row - top :, column - left :]
         return maps
 
     @functools.cached_property
@@ -134,14 +133,11 @@ def _digest(params: Params) -> str:
     return _identity.digest_of(Path(params.weights), "detect.cellvit.weights", where)
 
 
-def _spans(length: int) -> list[tuple[int, int, slice]]:
-    """(start, end, the part from which on it is used) of each window along one axis."""
-    if length <= MOST_PX:
-        return [(0, length, slice(0, None))]
-    count = math.ceil((length - OVERLAP_PX) / (MOST_PX - OVERLAP_PX))
-    starts = np.linspace(0, length - MOST_PX, count).astype(int).tolist()
-    used = [0, *((a + MOST_PX + b) // 2 for a, b in zip(starts[:-1], starts[1:], strict=True))]
-    return [(at, at + MOST_PX, slice(own, None)) for at, own in zip(starts, used, strict=True)]
+def _windows(length: int) -> list[tuple[int, int, int]]:
+    """(start, end, where its part begins) of each window along one axis."""
+    starts, side, parts = _spans.of(length, MOST_PX, OVERLAP_PX)
+    pairs = zip(starts.tolist(), parts[:, 0].astype(int).tolist(), strict=True)
+    return [(start, start + side, own) for start, own in pairs]
 
 
 def _padded(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "side side 3"]:

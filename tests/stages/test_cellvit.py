@@ -12,7 +12,7 @@ from scipy import ndimage
 from torch import nn
 
 from stages.common import plugins
-from stages.detectors import _cellvit_cells, _cellvit_encoders, _cellvit_network, cellvit
+from stages.detectors import _cellvit_cells, _cellvit_encoders, _cellvit_network, _spans, cellvit
 
 # Sha256 of lines "name [shape]", sorted: what the network classes of the package cellvit 1.0.9 hold
 # (CellViT256(None, 6, 19), CellViTSAM(None, 6, 19, backbone)), less what nothing here reads.
@@ -339,6 +339,18 @@ def test_large_patches_pass_in_windows_that_count_each_nucleus_once(ideal):
     assert Ideal.sides == [1024] * 6 and len(nuclei.score) == len(grid)
     away = np.linalg.norm(nuclei.centroid_px[:, None] * 0.5 - np.array(grid)[None, :, :2], axis=2)
     assert away.min(axis=1).max() < 0.3 and len(set(away.argmin(axis=1))) == len(grid)
+
+
+@pytest.mark.parametrize("length", [1, 1023, 1024, 1025, 1920, 1921, 2049, 7919])
+def test_windows_cover_each_pixel_once_and_see_beyond_their_part(length):
+    """By definition: parts follow one another, and two windows share OVERLAP_PX or more."""
+    starts, side, parts = _spans.of(length, 1024, 128)
+    assert parts[0, 0] == 0 and parts[-1, 1] == length and starts[-1] + side == length
+    assert (parts[1:, 0] == parts[:-1, 1]).all()
+    assert (starts[:-1] + side - starts[1:] >= 127.5).all()
+    for start, (begin, end) in zip(starts, parts, strict=True):
+        assert begin - start >= (63.5 if start else 0)
+        assert start + side - end >= (63.5 if start + side < length else 0)
 
 
 @pytest.mark.parametrize("gray", [BACKGROUND, 255])
