@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from stages.heads import _training, less
 from tests.definitions import less as definition
@@ -12,6 +13,14 @@ from tests.definitions import less as definition
 DIM = 10
 LENGTHS = (1, 2, 5, 7)
 CROPS, PATCHES = slice(DIM // 2, None), slice(0, DIM // 2)
+
+TRAINING = {
+    "epochs": 25,
+    "patience": 25,
+    "batch": 8,
+    "learning_rate": 3e-3,
+    "weight_decay": 1e-4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +165,26 @@ def test_rejects_bags_of_another_width() -> None:
         a_head(dim=9)
     with pytest.raises(ValueError, match="have 12 numbers: they must have 10, 6 of the patch and"):
         a_head(dim=12, project=False)
+
+
+def bags_with_a_key(count: int, seed: int, part: slice) -> tuple[list[np.ndarray], np.ndarray]:
+    """Noise, and in bags of class 1 one instance that stands out at one scale."""
+    rng = np.random.default_rng(seed)
+    labels, bags = np.arange(count) % 2, []
+    for label in labels:
+        bag = rng.normal(size=(rng.integers(1, 14), DIM)).astype(np.float32)
+        bag[rng.integers(len(bag)), part] += 3.0 * label
+        bags.append(bag)
+    return bags, labels
+
+
+@pytest.mark.parametrize("scale", [PATCHES, CROPS])
+def test_learns_from_either_scale(scale: slice) -> None:
+    train, val, test = (bags_with_a_key(40, seed, scale) for seed in (1, 2, 3))
+    training = _training.Training(**TRAINING)
+    head = less.build(DIM, 2, less.Params(True, (16, 24), 2, (1, 1), 1, 2, training))
+    head.fit(*train, *val, seed=5)
+    probability, attention = head.predict(test[0])
+    assert roc_auc_score(test[1], probability[:, 1]) > 0.95
+    np.testing.assert_allclose(probability.sum(axis=1), 1)
+    np.testing.assert_allclose([weights.sum() for weights in attention], 1, atol=1e-6)
