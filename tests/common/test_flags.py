@@ -182,3 +182,17 @@ def test_the_spread_is_that_of_the_definition():
 def test_one_cause_is_told_once():
     one = tally.of(40, np.repeat(np.arange(40), 5), np.full(200, 2.0), LIMITS)
     assert list(flags.find({"a": one})["a"]) == ["small nuclei"]
+
+
+def test_a_few_radii_at_the_limit_are_chance():
+    """A twentieth of 20 and three standard deviations: four may be large, five may not."""
+    for large, word in ((4, []), (5, ["radii at the upper limit"])):
+        radius = np.where(np.arange(20) < large, 7.5, 4.0)
+        one = tally.of(20, np.arange(20), radius, LIMITS)
+        assert list(flags.find({"a": one})["a"]) == word
+
+
+def test_the_median_of_a_few_nuclei_is_not_held_against_a_slide():
+    """Of 3 nuclei it is off by 1.4 times now and then; of 300 it is not."""
+    assert words(cohort(few=slide(3, 2.8, patches=1))) == {}
+    assert words(cohort(many=slide(6, 2.8))) == {"many": ["small nuclei"]}
