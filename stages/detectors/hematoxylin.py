@@ -1,11 +1,17 @@
 """Nuclei as compact spots of high optical density: classical, without weights.
 
-Optical density turns light into something that adds up: what the background, a dim lamp or
-cytoplasm contribute is taken away by a top-hat, what remains above threshold is cut at the
-watershed of its distance transform, and shape, contrast and colour decide what is a nucleus.
+Optical density turns light into something that adds up: what the lamp, the glass and cytoplasm
+contribute is taken away by the patch's own glass level and a top-hat. What remains is cut out at a
+low threshold, touching nuclei are cut apart at the watershed of their distance transform, and each
+region is judged by itself: how far it stands out from its own surround, how round, full and blue it
+is, and how dark beside what stands out most clearly in the patch. A few dark nuclei therefore do
+not hide pale ones. What lies in one cell with stain in between is united: lobes of one nucleus.
+
 Papanicolaou, Giemsa and haematoxylin make nuclei absorb red and green alike; eosin and haemoglobin
-leave red through, so that the lesser of both densities shows nuclei and little else. What decides
-is relative to the patch's own threshold, so that pale stains and haze change little.
+leave red through, so that the lesser of both densities shows nuclei and little else. Light, tint,
+haze, a pale stain and lack of colour change little. Out of reach are stains that leave red or green
+through (Feulgen, fast red, brown DAB, colours turned by a faulty camera): their nuclei look as red
+cells do, which is what `min_blueness` refuses. They need one of the networks.
 """
 
 import math
@@ -15,28 +21,34 @@ from typing import Literal
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt8
+from scipy.ndimage import find_objects
 from skimage.color import hed_from_rgb
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
-from stages.detectors import Detection, _identity
+from stages.detectors import Detection, _identity, _outlines
+from stages.detectors._lobes import Nuclei, unite
 from stages.detectors._patches import check
-from stages.detectors._regions import Colour, Labels, Regions, disk, measure, outlines
+from stages.detectors._regions import Colour, Labels, Regions, disk, measure
 
-VERSION = 2  # raise it when the same input gives other nuclei
+VERSION = 3  # raise it when the same input gives other nuclei
 LIBRARIES = ("opencv-python-headless", "scikit-image", "scipy")
 WORK_MPP = 0.5  # finer patches are shrunk to this: nuclei are 7 px wide and more there
+MOST_RADIUS_UM = 50.0  # wider disks cost too much, and no nucleus needs them
 DARKEST = 2  # gray values below it are noise, their density is not told apart
 BLUR_UM = 0.4  # sigma, before anything else
+GLASS = 2  # percentile of the patch's density that is taken for glass
 OPEN_SHARE = 0.4  # of the smallest radius: thinner bridges and hairs are cut
-LEAST_DENSITY = 0.05  # Otsu's histogram begins here: below is glass and noise
-DENSITY_STEP = 0.005  # width of the bins of Otsu's histogram, up to density 1.275
 HALF = 0.5  # a nucleus ends where its density falls to this share of the highest within REACH_UM
 REACH_UM = 4.0
+CLOSEST = 1.8  # smallest radii between the centres of two nuclei, at least
 LEAST_ROUND = 0.35  # short over long axis of the ellipse with the same moments
 LEAST_FULL = 0.65  # area over that ellipse's
-LEAST_QUALITY = 0.55  # see _quality; a sharp round nucleus has 1 and more
-IN_CELL, IN_CELL_SHARE = 0.1, 0.85  # a surround so dense is a cell, not glass: red cells lie on
+NOISE = 0.02  # density: no surround is taken to be more even than this
+STANDS_OUT = 2.2  # contrast over the spread of the surround, of a nucleus of quality 1
+SURE = 2.6  # the same times shape: such regions tell how dark nuclei of the patch are
+BLUE = 0.5  # weight of the contrast that blue lacks
+IN_CELL, IN_CELL_SHARE = 0.1, 0.8  # a surround so dense is a cell, not glass: red cells lie on
 # glass, and so min_blueness is lowered to that share for what lies in a cell
 
 Image = Float32[np.ndarray, "height width"]
@@ -52,20 +64,30 @@ class Params:
     min_radius_um: float  # of a nucleus, microns, as the circle of equal area
     max_radius_um: float
     min_contrast: float  # optical density (base 10) of a nucleus above its surround
-    strictness: float  # times Otsu's threshold of the patch; lower finds paler nuclei and more else
+    strictness: float  # least quality of a nucleus, see _quality; lower finds more nuclei and else
     min_blueness: float  # red over blue density of a nucleus; red cells are near 0.7
-    merge_um: float  # of nuclei, or lobes of one, that are closer than this, the largest is kept
+    merge_um: float  # centres of the lobes of one nucleus are closer than this
 
     def __post_init__(self) -> None:
         """Refuse values that no nucleus can meet."""
-        for name in ("min_radius_um", "min_contrast", "strictness", "merge_um"):
+        for name in ("min_radius_um", "min_contrast", "strictness", "min_blueness", "merge_um"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 raise ValueError(f"detect.hematoxylin.{name} is {value}: it must be above 0")
-        if not self.min_radius_um < self.max_radius_um < math.inf:
+        if self.min_radius_um < WORK_MPP:
+            raise ValueError(
+                f"detect.hematoxylin.min_radius_um is {self.min_radius_um}: it must be at least "
+                f"{WORK_MPP}, a pixel of the image that is searched"
+            )
+        if not self.min_radius_um < self.max_radius_um <= MOST_RADIUS_UM:
             raise ValueError(
                 f"detect.hematoxylin.max_radius_um is {self.max_radius_um}: it must be above "
-                f"min_radius_um ({self.min_radius_um})"
+                f"min_radius_um ({self.min_radius_um}) and at most {MOST_RADIUS_UM}"
+            )
+        if self.merge_um > 2 * self.max_radius_um:
+            raise ValueError(
+                f"detect.hematoxylin.merge_um is {self.merge_um}: it must be at most twice "
+                f"max_radius_um ({self.max_radius_um}), lobes lie within one nucleus"
             )
 
 
@@ -103,24 +125,22 @@ def _detect(patch: UInt8[np.ndarray, "height width 3"], mpp: float, params: Para
     scale = np.array([width / size[0], height / size[1]])  # working pixel to patch pixel
     um = mpp * math.sqrt(scale[0] * scale[1])  # microns per working pixel
     density = _density(cv2.resize(patch, size, interpolation=cv2.INTER_AREA), um)
-    spots = _top_hat(_stain(density, params.channel), 1.1 * params.max_radius_um / um)
-    threshold = max(params.min_contrast, params.strictness * _otsu(spots))
-    labels, count = _split(_segment(spots, threshold, um, params), um, params)
+    stain = _stain(density, params.channel)
+    spots = _top_hat(stain, 1.1 * params.max_radius_um / um)
+    labels, count = _split(_segment(spots, um, params), um, params)
     found = measure(labels, count, density, um)
-    quality = _quality(found, threshold)
-    kept = _is_nucleus(found, quality, params)
-    return Detection(
-        (found.centre[kept] * scale).astype(np.float32),
-        found.radius_um[kept].astype(np.float32),
-        (quality[kept] / (quality[kept] + 1)).astype(np.float32),
-        outlines(labels, kept, scale),
-    )
+    quality = _quality(found, params)
+    kept = np.flatnonzero(_is_candidate(found, params) & (quality >= params.strictness))
+    nuclei = unite(found, kept, quality, stain, params.merge_um / um, params.max_radius_um)
+    return _detection(nuclei, labels, scale)
 
 
 def _density(image: UInt8[np.ndarray, "height width 3"], um: float) -> Colour:
-    """Optical density, base 10, of the slightly blurred image."""
+    """Optical density above glass, base 10, of the slightly blurred image."""
     table = -np.log10(np.maximum(np.arange(256), DARKEST) / 255).astype(np.float32)
-    return cv2.GaussianBlur(cv2.LUT(image, table), (0, 0), max(BLUR_UM / um, 0.3))
+    density = cv2.GaussianBlur(cv2.LUT(image, table), (0, 0), max(BLUR_UM / um, 0.3))
+    glass = np.percentile(density[::4, ::4].reshape(-1, 3), GLASS, axis=0)
+    return density - glass.astype(np.float32)
 
 
 def _stain(density: Colour, channel: str) -> Image:
@@ -144,30 +164,15 @@ def _top_hat(stain: Image, radius_px: float) -> Image:
     coarse = cv2.resize(stain, small, interpolation=cv2.INTER_AREA)
     kernel = disk(radius_px / shrink)
     # By name: opening reads a constant border otherwise, and nuclei at the rim lose their height.
-    opened = cv2.dilate(_erode(coarse, kernel), kernel, borderType=cv2.BORDER_REPLICATE)
+    opened = cv2.morphologyEx(coarse, cv2.MORPH_OPEN, kernel, borderType=cv2.BORDER_REPLICATE)
     return np.maximum(stain - cv2.resize(opened, (width, height)), 0)
 
 
-def _erode(image: Image, kernel: UInt8[np.ndarray, "side side"]) -> Image:
-    return cv2.erode(image, kernel, borderType=cv2.BORDER_REPLICATE)
-
-
-def _otsu(spots: Image) -> float:
-    """Otsu's threshold of what lies above LEAST_DENSITY; that itself where nothing does."""
-    levels = np.minimum(spots / DENSITY_STEP, 255).astype(np.uint8)
-    above = levels[levels > LEAST_DENSITY / DENSITY_STEP]
-    if not above.size:
-        return LEAST_DENSITY
-    return DENSITY_STEP * cv2.threshold(above, 0, 255, cv2.THRESH_OTSU)[0]
-
-
-def _segment(
-    spots: Image, threshold: float, um: float, params: Params
-) -> UInt8[np.ndarray, "height width"]:
-    """Where nuclei may be: above the threshold, and above half of the height nearby."""
+def _segment(spots: Image, um: float, params: Params) -> UInt8[np.ndarray, "height width"]:
+    """Where nuclei may be: above the least contrast, and above half of the height nearby."""
     smooth = cv2.GaussianBlur(spots, (0, 0), 0.6 / um)
     nearby = HALF * cv2.dilate(smooth, disk(REACH_UM / um))
-    dense = (spots > np.maximum(nearby, threshold)).astype(np.uint8)
+    dense = (spots > np.maximum(nearby, params.min_contrast)).astype(np.uint8)
     return cv2.morphologyEx(dense, cv2.MORPH_OPEN, disk(OPEN_SHARE * params.min_radius_um / um))
 
 
@@ -180,7 +185,7 @@ def _split(
     )
     peaks = peak_local_max(
         distance,
-        min_distance=max(1, round(params.merge_um / um)),
+        min_distance=max(1, round(CLOSEST * params.min_radius_um / um)),
         threshold_abs=0.5 * params.min_radius_um / um,
         exclude_border=False,
         p_norm=2,  # else the reach is 1.4 times as far along diagonals
@@ -190,26 +195,44 @@ def _split(
     return watershed(-distance, markers, mask=mask > 0), len(peaks)
 
 
-def _quality(found: Regions, threshold: float) -> Float64[np.ndarray, " region"]:
-    """How dark, blue, round and full: density above the surround, over the threshold of the patch.
+def _quality(found: Regions, params: Params) -> Float64[np.ndarray, " region"]:
+    """How dark, blue, round and full: 1 and more for sharp round nuclei; nothing sure, nothing.
 
-    What red and green have beyond blue counts twice: pale violet nuclei of Giemsa stains are known
-    by their colour. Folds, edges of cells and dirt are dark, but neither round nor full.
+    Dark is the mean (geometric) of the contrast over the spread of the region's own surround, and
+    over the median contrast of the regions that are surely nuclei. What red and green have beyond
+    blue counts more: pale violet nuclei of Giemsa stains are known by their colour. Folds, edges of
+    cells and dirt are dark, but neither round nor full, nor do they stand out from a smooth ground.
     """
-    lesser, blue = found.above_ring[:, :2].min(axis=1), found.above_ring[:, 2]
-    dark = (lesser + np.clip(lesser - blue, 0, threshold)) / threshold
-    return np.maximum(dark, 0) * found.fullness * found.axes[:, 1] / found.axes[:, 0]
+    shape = found.fullness * np.sqrt(found.axes[:, 1] / found.axes[:, 0])
+    spread = found.spread + NOISE
+    sure = np.where(_is_candidate(found, params), shape * found.contrast / spread, 0)
+    sure = found.contrast[sure >= min(SURE, sure.max(initial=0))]
+    typical = np.median(sure) if sure.size else math.inf
+    blue = np.clip(found.contrast - found.above_ring[:, 2], 0, found.contrast)
+    return shape * (found.contrast + BLUE * blue) / np.sqrt(STANDS_OUT * spread * typical)
 
 
-def _is_nucleus(
-    found: Regions, quality: Float64[np.ndarray, " region"], params: Params
-) -> Bool[np.ndarray, " region"]:
+def _is_candidate(found: Regions, params: Params) -> Bool[np.ndarray, " region"]:
     blueness = params.min_blueness * np.where(found.ring > IN_CELL, IN_CELL_SHARE, 1.0)
     return (
         (found.radius_um >= params.min_radius_um)
         & (found.radius_um <= params.max_radius_um)
         & (found.axes[:, 1] >= LEAST_ROUND * found.axes[:, 0])
         & (found.fullness >= LEAST_FULL)
-        & (quality >= LEAST_QUALITY)
         & (found.above_ring[:, 0] >= blueness * found.above_ring[:, 2])
+    )
+
+
+def _detection(nuclei: Nuclei, labels: Labels, scale: Float64[np.ndarray, " 2"]) -> Detection:
+    boxes = find_objects(labels)
+    rims = []
+    for regions in nuclei.regions:
+        parts = [_outlines.of(labels[boxes[one]] == one + 1, boxes[one]) for one in regions]
+        rim = parts[0] if len(parts) == 1 else cv2.convexHull(np.concatenate(parts))[:, 0]
+        rims.append((rim * scale).astype(np.float32))
+    return Detection(
+        (nuclei.centre * scale).astype(np.float32),
+        nuclei.radius_um.astype(np.float32),
+        (nuclei.quality / (nuclei.quality + 1)).astype(np.float32),
+        rims,
     )

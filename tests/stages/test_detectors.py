@@ -18,10 +18,10 @@ PARAMS = hematoxylin.Params(
     channel="auto",
     min_radius_um=1.8,
     max_radius_um=9.0,
-    min_contrast=0.06,
+    min_contrast=0.03,
     strictness=0.9,
-    min_blueness=1.1,
-    merge_um=6.0,
+    min_blueness=1.2,
+    merge_um=7.0,
 )
 SMEAR = synthetic.Params(
     slides=2,

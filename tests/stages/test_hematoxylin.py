@@ -96,7 +96,8 @@ def test_the_rounder_of_two_scores_higher():
     cv2.ellipse(image, (85, 85), (12, 6), 30, 0, 360, NUCLEUS, -1, cv2.LINE_AA)
     nuclei = found(image)
     score = nuclei.score[np.argsort(nuclei.centroid_px[:, 0])]
-    assert len(score) == 2 and 0 < score[1] < 0.9 * score[0] < 0.9
+    circle, ellipse = score / (1 - score)  # the qualities
+    assert ellipse / circle == pytest.approx(np.sqrt(6 / 12), rel=0.05)
 
 
 @pytest.mark.parametrize("cell", [1, 2, 5, 16, 37])
