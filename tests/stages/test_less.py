@@ -141,6 +141,7 @@ def test_a_new_fit_draws_every_weight_anew() -> None:
         torch.manual_seed(seed)
         head.apply(_training._renew)
         drawn.append({name: value.detach().clone() for name, value in head.named_parameters()})
+    assert 0.015 < drawn[0]["stages.0.blocks.1.0.mlp.0.weight"].std() < 0.025  # CrossViT's 0.02
     for name, value in drawn[0].items():
         assert torch.equal(value, drawn[2][name])
         constant = bool((value == value.flatten()[0]).all())  # of norms, and biases
