@@ -161,7 +161,8 @@ def test_reads_utf_16_and_refuses_boxes_that_come_twice(images, tmp_path):
     refused(voc_of(tmp_path, text.replace(BOX, BOX * 2)), images, r"voc has 2 nuclei at x 40, y 40")
 
 
-def test_refuses_a_size_that_is_no_number_of_pixels(images, tmp_path):
-    size = "<size><width>211.5</width><height>179</height></size>"
+@pytest.mark.parametrize("width", ["211.5", "-211", "many"])
+def test_refuses_a_size_that_is_no_number_of_pixels(width, images, tmp_path):
+    size = f"<size><width>{width}</width><height>179</height></size>"
     folder = voc_of(tmp_path, f"<annotation><filename>a.png</filename>{size}</annotation>")
-    refused(folder, images, r"a.xml: size, width is '211.5': it must be a whole number")
+    refused(folder, images, rf"a.xml: size, width is '{width}': it must be a")

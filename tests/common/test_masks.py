@@ -100,6 +100,35 @@ def test_a_few_labels_may_be_split_or_enclosed(images, tmp_path):
     assert truth.form == "label images" and len(truth.images[0].points) == 22
 
 
+def test_one_label_in_five_in_two_pieces_is_too_much(images, tmp_path):
+    mask = np.zeros(SHAPE, np.uint8)
+    for value in range(1, 6):
+        mask[20:40, 30 * value : 30 * value + 20] = value
+    mask[28, 60:90] = 0
+    refused(saved(tmp_path, a=mask), images, r"a.png holds 5 values, 1 to 5, and 2 is in 2 pieces")
+
+
+def test_labels_may_hang_together_by_corners_lie_in_a_corner_and_fill_the_image(images, tmp_path):
+    thin, corner, full = (np.zeros(SHAPE, np.uint8) for _ in range(3))
+    for value in (1, 2):
+        rows = np.arange(20)
+        thin[rows + 5, rows + 30 * value] = value
+    corner[:12, :12], full[10:-10, 10:-10] = 2, 1
+    corner[:5, :5] = 1
+    full[10:-10, 100:-10] = 2
+    for mask in (thin, corner, full):
+        folder = tmp_path / str(mask.sum())
+        folder.mkdir()
+        truth = annotations.read(saved(folder, a=mask), images)
+        assert (truth.form, len(truth.images[0].points)) == ("label images", 2)
+
+
+def test_refuses_values_below_0(images, tmp_path):
+    folder = as_masks(tmp_path, ".tif", False, np.int32)
+    Image.fromarray(discs([1, 2]).astype(np.int32) * -1).save(folder / "a.tif")
+    refused(folder, images, r"a.tif holds -2: values must be 0 or above")
+
+
 def test_single_nuclei_are_alike_as_labels_and_binary(images, tmp_path):
     folder = saved(tmp_path, a=discs([7]), b=discs([9]))
     found = [one.points.tolist() for one in annotations.read(folder, images).images]

@@ -118,6 +118,14 @@ def test_scores_patches_as_the_detect_stage_sees_them(images, tmp_path, monkeypa
     assert (metrics["tile_mpp"], metrics["patch_px"]) == (0.5, 128)
 
 
+def test_the_radius_is_in_microns(images, tmp_path, monkeypatch):
+    """The hits are 1.4 px off."""
+    monkeypatch.chdir(ROOT)
+    for radius_um, hits in (("0.9", 3), ("0.4", 0)):
+        command(as_csv(tmp_path), images, tmp_path, "--mpp", "0.5", "--radius-um", radius_um)
+        assert json.loads((tmp_path / "scores" / "metrics.json").read_text())["tp"] == hits
+
+
 def test_patches_run_as_many_at_once_as_in_the_stage_and_windows_of_no_more_pixels():
     whole, tiling = Search(0.5, 4.0, None), Tiling(0.25, 512)
     assert detect_score._batch(16, tiling, Search(0.5, 4.0, tiling)) == 16

@@ -40,10 +40,12 @@ def test_some_of_all_and_more_with_errors_from_best_to_worst():
 
 def test_the_part_shown_holds_the_most_errors_and_lies_in_the_image():
     """240 um at 0.5 mpp are 480 px; three misses and a false alarm are together far from one."""
-    misses = [(1800, 900), (1900, 950), (1700, 980), (100, 100)]
-    one = scored([(1850, 990), (100, 500)], [*misses, (100, 500)], [(1, 4)], (2000, 1000))
+    misses = [(100, 100), (1800, 900), (1900, 950), (1700, 980)]
+    hits = [(100 + at, 500) for at in range(9)]
+    pairs = [(1 + at, 4 + at) for at in range(9)]
+    one = scored([(1850, 990), *hits], [*misses, *hits], pairs, (2000, 1000))
     assert _gallery._view(one) == (1520, 520, 480, 480)  # at the image's corner
-    x0, y0, width, height = _gallery._view(scored([(100, 500)], misses[3:], (), (2000, 1000)))
+    x0, y0, width, height = _gallery._view(scored([(100, 500)], misses[:1], (), (2000, 1000)))
     assert (x0, y0, width, height) in [(0, 0, 480, 480), (0, 260, 480, 480)]
     hits = [(1000, 500)]
     assert _gallery._view(scored(hits, hits, [(0, 0)], (2000, 1000))) == (760, 260, 480, 480)
@@ -63,7 +65,7 @@ def test_the_part_shown_has_a_bearable_number_of_pixels(extent, mpp, side):
 
 def test_shapes_stand_where_the_nuclei_are():
     """Radius 3 um at 0.5 mpp is 6 px, drawn 1.3 times as large."""
-    shapes = _gallery._shapes(scored([(10, 20), (90, 80)], [(12, 20), (50, 60)], [(0, 0)]))
+    shapes = _gallery._shapes(scored([(90, 80), (10, 20)], [(12, 20), (50, 60)], [(1, 0)]))
     (hit,), (false,), (miss,) = (
         shapes[color] for color in (_gallery.HIT, _gallery.FALSE, _gallery.MISS)
     )
@@ -72,6 +74,12 @@ def test_shapes_stand_where_the_nuclei_are():
     assert false.xy == pytest.approx((90, 80)) and miss.xy == pytest.approx((50, 60))
     assert false.radius == pytest.approx(1.4 * 7.8) == miss.radius
     assert (false.orientation, miss.orientation) == (0, np.pi / 4)  # a diamond, a square
+
+
+def test_errors_are_those_in_no_pair():
+    one = scored([(1, 1)] * 3, [(1, 1)] * 4, [(0, 3), (2, 1)])
+    missed, false = _gallery._errors(one)
+    assert missed.tolist() == [0, 2] and false.tolist() == [1]
 
 
 def test_outlines_are_drawn_where_there_are_any():
@@ -111,5 +119,5 @@ def test_thin_images_make_a_picture_of_bearable_size(extent):
 
 
 def test_a_title_is_no_formula():
-    """A name with dollars and underscores is shown as it is."""
-    _gallery.draw([scored(name="a_$1^{.png")], white, "$x_{")
+    """A name with dollars, which matplotlib would read as one that is wrong."""
+    _gallery.draw([scored(name="$1^{$.png")], white, "$x_{$")

@@ -31,9 +31,14 @@ def test_patches_lie_where_the_tile_stage_cuts_them():
         tiling, wanted = Tiling(mpp, 31), tile._grid(Canvas(extent, own), settings)
         assert np.array_equal(tiling.corners(extent, own), wanted)
         width, height = tiling.covered(extent, own)
-        assert (width, height) <= extent
+        assert width <= extent[0] and height <= extent[1]
         assert width == pytest.approx(wanted[:, 0].max() + 31 * mpp / own, abs=1)
         assert height == pytest.approx(wanted[:, 1].max() + 31 * mpp / own, abs=1)
+
+
+def test_what_is_covered_ends_with_the_image():
+    """The second of two patches of 40.3 px begins at 80.6, rounded to 81."""
+    assert Tiling(0.65, 31).covered((121, 41), 0.5) == (121, pytest.approx(40.3))
 
 
 @pytest.mark.parametrize(("mpp", "side"), [(0, 31), (0.5, 0), (0.5, 3.5), (float("nan"), 31)])
@@ -83,21 +88,23 @@ def test_the_best_score_of_the_pieces_serves_and_nothing_is_nothing():
     found = _tiles.detect(drawn([(93, 160)]), (330, 250), 0.5, Tiling(0.5, 100), dark)
     pieces = list(dark([drawn([(93, 160)])(x, 100, 100, 100, 0.5) for x in (0, 100)], 0.5))
     assert found.score.tolist() == [max(one.score[0] for one in pieces)]
+    halves = _tiles.detect(drawn([(100, 50)]), (330, 250), 0.5, Tiling(0.5, 100), dark)
+    assert len(halves.score) == 1
     empty = _tiles.detect(drawn([]), (330, 250), 0.5, Tiling(0.5, 100), dark)
     assert len(empty.score) == 0 and empty.centroid_px.shape == (0, 2)
 
 
 def test_neighbours_in_one_patch_or_off_the_edge_are_not_pieces():
-    """Two that overlap within a patch; two on both sides of an edge that no circle reaches."""
+    """Overlapping, but in one patch, or on both sides of an edge that one circle does not reach."""
 
     def close(patches, mpp):
-        points = [[(50, 50), (53, 50), (88, 20)], [(12, 20)], [], [], [], []]
+        points = [[(97, 80), (95, 86), (95, 20), (88, 50)], [(12, 20), (5, 50)], [], [], [], []]
         for some in points:
             ones = np.ones(len(some), np.float32)
             yield Detection(np.array(some, np.float32).reshape(-1, 2), 5.0 * ones, ones)
 
     found = _tiles.detect(drawn(), (330, 250), 0.5, Tiling(0.5, 100), close)
-    assert len(found.score) == 4
+    assert len(found.score) == 6
 
 
 def test_annotations_beyond_the_patches_count_as_hits_only():

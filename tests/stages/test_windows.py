@@ -47,7 +47,9 @@ def nuclei(points: list, score: float = 0.5) -> Detection:
     return Detection(centres, 2 * ones, score * ones)
 
 
-@pytest.mark.parametrize(("extent", "mpp"), [((5003, 1000), 0.5), ((1024, 1025), 0.25)])
+@pytest.mark.parametrize(
+    ("extent", "mpp"), [((5003, 1000), 0.5), ((1024, 1025), 0.25), ((5750, 700), 0.5)]
+)
 def test_own_parts_of_windows_fill_the_image_far_from_the_windows_edges(extent, mpp):
     corners, side, own = _windows.windows(extent, mpp)
     assert side == tuple(min(1024, length) for length in extent)
@@ -79,29 +81,30 @@ def test_what_only_the_edges_of_windows_show_is_dropped():
     assert sorted(found.centroid_px.tolist()) == [[1, 1], [1, 2499], [2499, 1], [2499, 2499]]
 
 
-@pytest.mark.parametrize(("apart_um", "left"), [(1.8, 1), (2.2, 2)])
-def test_a_nucleus_on_a_seam_counts_once_by_its_higher_score(apart_um, left):
-    """Two windows see it on both sides of their seam, at most 1 um off it each."""
+@pytest.mark.parametrize("scores", [(0.2, 0.7), (0.7, 0.2)])
+@pytest.mark.parametrize(("apart_um", "left"), [(1.8, 1), (2.2, 0)])
+def test_a_nucleus_on_a_seam_counts_once_by_its_higher_score(apart_um, left, scores):
+    """Each window places it in the other's part: up to 1 um off the seam it is kept."""
     (_, second), _, own = _windows.windows((1500, 100), 0.5)
     seam, half = own[1, 0, 0], apart_um / 2 / 0.5
 
     def seen(patches, mpp):
-        # Each places it in the other's part.
-        yield nuclei([(seam + half, 50)], 0.2)
-        yield nuclei([(seam - half - second[0], 50)], 0.7)
+        yield nuclei([(seam + half, 50)], scores[0])
+        yield nuclei([(seam - half - second[0], 50)], scores[1])
 
-    def once(patches, mpp):
-        yield nuclei([(seam - 9, 50), (seam - 9.5, 50)])
+    found = _windows.detect(unread, (1500, 100), 0.5, seen)
+    assert len(found.score) == left
+    best = seam + half if scores[0] > scores[1] else seam - half
+    for centre, score in zip(found.centroid_px, found.score, strict=True):
+        assert (*centre, score) == pytest.approx((best, 50, 0.7), abs=1e-3)
+
+
+def test_one_window_may_see_two_that_are_close():
+    def seen(patches, mpp):
+        yield nuclei([(600, 50), (600.5, 50)])
         yield nuclei([])
 
-    if left == 1:
-        found = _windows.detect(unread, (1500, 100), 0.5, seen)
-        np.testing.assert_allclose(found.centroid_px, [[seam - half, 50]], atol=1e-3)
-        assert found.score.tolist() == pytest.approx([0.7])
-        kept = _windows.detect(unread, (1500, 100), 0.5, once)
-        assert len(kept.score) == 2, "one window may see two so close"
-    else:  # beyond the slack, each belongs to the other window, which does not see it
-        assert len(_windows.detect(unread, (1500, 100), 0.5, seen).score) == 0
+    assert len(_windows.detect(unread, (1500, 100), 0.5, seen).score) == 2
 
 
 def test_memory_that_runs_out_halves_the_windows_at_once():
