@@ -125,10 +125,15 @@ def place(row: pd.Series, name: str) -> int:
     return int(found) if found in (1, 2) else 0
 
 
+def last_place(table: pd.DataFrame) -> int:
+    """The last place worth a mark: of two encoders only the first, of more the second too."""
+    return 2 if (~is_sanity(table)).groupby(table["head"]).sum().max() > 2 else 1
+
+
 def markdown(table: pd.DataFrame, caption: str) -> str:
     """A Markdown table; the best of a head's encoders is bold, the second of several underlined."""
     names = figures_of(table)
-    last = 2 if table[f"{names[0]}_place"].max() > 2 else 1
+    last = last_place(table)
     lines = [caption, "", _line(["Head", "Encoder", *(title(name) for name in names)])]
     lines.append(_line(["---", "---", *["--:"] * len(names)]))
     for _, row in table.iterrows():
