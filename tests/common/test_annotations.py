@@ -120,7 +120,7 @@ def test_refuses_two_files_for_one_image_and_mixed_folders(images, tmp_path):
 
 def test_reads_a_table_with_blanks_boxes_and_empty_classes(images, tmp_path):
     """Points serve where boxes are there too; a class that is not told is one of its own."""
-    text = "path, x, y, x0, y0, x1, y1, w, h, cls\na.png, 4, 5, 1, 1, 3, 3, 2, 2,\n"
+    text = 'x, path, y, x0, y0, x1, y1, w, h, cls\n4, "a.png", 5, 1, 1, 3, 3, 2, 2,\n'
     (tmp_path / "truth.csv").write_text(text)
     truth = annotations.read(tmp_path / "truth.csv", images)
     assert truth.images[0].points.tolist() == [[4.0, 5.0]] and truth.seen == {"(none)": 1}
