@@ -129,8 +129,14 @@ def test_over_folds_the_resampled_t_decides() -> None:
     expected = comparisons.resampled_t(np.array(by_split), 3)
     assert (row["test"], row["p"]) == ("resampled_t", pytest.approx(expected.p))
     assert row["auc_difference_low"] == pytest.approx(expected.low)
-    slides = row["only_encoder_right"] + row["only_other_right"]
-    assert 0 < slides <= 60  # of the first repeat only
+    right = [
+        [fold.ensemble().called()[0] == fold.label for fold in folds if fold.repeat == 0]
+        for folds in cells.values()
+    ]
+    one, other = (np.concatenate(of_encoder) for of_encoder in right)
+    expected = comparisons.mcnemar(one, other)  # each slide once: of the first repeat
+    found = tuple(row[name] for name in ("p_mcnemar", "only_encoder_right", "only_other_right"))
+    assert len(one) == 60 and found == expected
 
 
 def test_holms_family_is_all_heads_and_pairs() -> None:

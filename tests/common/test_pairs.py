@@ -99,6 +99,15 @@ def test_auc_is_the_mean_over_splits_seeds_and_classes(classes: int) -> None:
     assert pairs.auc(pairs.pairs_of(folds)) == pytest.approx(np.mean(expected), abs=1e-12)
 
 
+def test_slides_that_score_alike_share_their_pair() -> None:
+    table = predictions(noise=3.0)
+    table["probability_1"] = table.probability_1.round(1)
+    table["probability_0"] = 1 - table.probability_1
+    (fold,) = scores.of_part(table, 2)
+    expected = [roc_auc_score(fold.label, of_seed[:, 1]) for of_seed in fold.probability]
+    assert pairs.auc(pairs.pairs_of([fold])) == pytest.approx(np.mean(expected), abs=1e-12)
+
+
 def test_resampled_auc_is_that_of_the_repeated_slides() -> None:
     folds = scores.of_part(predictions(60, 1, 1, 2, per_patient=2, noise=2), 2)
     patients = pairs.patients_of(folds)
@@ -156,6 +165,16 @@ def test_a_perfect_auc_has_an_interval_over_the_patients_of_both_classes() -> No
     assert pairs.auc(pairs.pairs_of(folds)) == 1
     assert pairs.interval(pairs.pairs_of(folds)) == pairs.newcombe(1.0, 15, 15)
     assert 0.7 < pairs.newcombe(1.0, 15, 15)[0] < 0.9
+
+
+def test_of_several_classes_the_rarest_sets_a_perfect_aucs_interval() -> None:
+    table = predictions(60, classes=3, signal=60.0)
+    rare = (table.label == 2) & table.slide_id.isin([f"s{at:04d}" for at in range(2, 60, 6)])
+    folds = scores.of_part(table[~rare], 3)
+    patients = [int((folds[0].label == at).sum()) for at in range(3)]
+    assert patients[2] < patients[0] == patients[1] == 6
+    expected = pairs.newcombe(1.0, patients[2], 12)
+    assert pairs.interval(pairs.pairs_of(folds)) == pytest.approx(expected)
 
 
 def drawn(generator: np.random.Generator, patients: int, slides: int, shift: float) -> Pairs:
