@@ -60,11 +60,14 @@ def main(
         cell: _read_json(folder / "metrics.json", "evaluate") for cell, folder in cells.items()
     }
     table = table1.rows_of(metrics)
-    caption = caption_of(_read_json(data / "split" / "splits.json", "split"), metrics)
+    split = _read_json(data / "split" / "splits.json", "split")
+    caption = caption_of(split, metrics)
     _write_table(target, table, caption)
     classes = len(cohort.read_classes(data / "cohort"))
     tests = {cell: _tests(folder, classes) for cell, folder in cells.items()}
     found = comparisons.table(tests, settings.reference, seed, settings.resamples)
+    if len(found):
+        found.insert(3, "protocol", split["protocol"])
     with run.atomic(target / "comparisons.csv") as temporary:
         found.to_csv(temporary, index=False, lineterminator="\n")
     run.write_metrics(target / "metrics.json", summary(table, found, table1.prefix_of(metrics)))

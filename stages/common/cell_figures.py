@@ -72,6 +72,7 @@ def _more(cells: list[dict[str, Any]]) -> dict[str, Any]:
     names = [name for name in MORE if any(name in figures for figures in plain)]
     return {
         "counts": {title: int(plain[0][name]) for name, title in COUNTS.items()},
+        "optimistic": " (optimistic)" * optimistic,
         "more_titles": [MORE[name] + " (optimistic)" * optimistic for name in names],
         "more": [
             (cell, [f"{figures[name]:.3f}" if name in figures else "" for name in names])

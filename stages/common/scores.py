@@ -49,8 +49,8 @@ def of_part(predictions: pd.DataFrame, classes: int, part: str = "test") -> list
         part: train, val or test.
 
     Raises:
-        ValueError: there are no such slides, a probability is not one, seeds of a split saw
-            different slides, or a slide stands twice.
+        ValueError: there are no such slides, a probability is not one, a threshold or temperature
+            is not finite, seeds of a split saw different slides, or a slide stands twice.
     """
     found = predictions[predictions.split == part]
     if found.empty:
@@ -88,7 +88,13 @@ def _is_grid(rows: pd.DataFrame) -> bool:
 
 
 def _of_seeds(rows: pd.DataFrame, name: str) -> Float64[np.ndarray, " seed"]:
-    return rows.groupby("seed", sort=True)[name].first().to_numpy(np.float64)
+    values = rows.groupby("seed", sort=True)[name].first().to_numpy(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"the {name} of repeat {rows.repeat.iloc[0]}, fold {rows.fold.iloc[0]} is "
+            f"{values.tolist()} for its seeds: it must be finite; rerun `dvc repro evaluate`"
+        )
+    return values
 
 
 def _check_probabilities(rows: pd.DataFrame, columns: list[str]) -> None:

@@ -204,6 +204,11 @@ def test_a_cell_of_a_thousand_slides_takes_seconds() -> None:
         (lambda table: pd.concat([table, table]), "each once, for all 3 seeds"),
         (lambda table: table.assign(probability_1=np.nan), "slide s0.* has the probabilities"),
         (lambda table: table.assign(probability_1=0.7), "sum to 1"),
+        (
+            lambda table: table.assign(threshold=np.nan),
+            "threshold of repeat 0, fold 0 is .nan, nan",
+        ),
+        (lambda table: table.assign(temperature=np.inf), "temperature of repeat 0, fold 0 is .inf"),
     ],
 )
 def test_rejects_predictions_that_are_not_whole(change, message: str) -> None:

@@ -19,12 +19,13 @@ SANITY = {"sanity_permuted_labels_auc": 0.4321, "sanity_random_features_auc": 0.
 FILES = ("comparisons.csv", "metrics.json", "table1.csv", "table1.md", "table1.png")
 
 
-def write_cells(root: Path, prefix: str = "", protocol: str = "holdout", **settings: float) -> None:
+def write_cells(root: Path, prefix: str = "", protocol: str = "holdout", **settings: int) -> None:
     """What evaluate leaves: `ours` is the best, `none` knows nothing."""
     data = root / "data"
     for folder in ("cohort", "split"):
         (data / folder).mkdir(parents=True, exist_ok=True)
-    cohort.write_rows(data / "cohort", [], CLASSES)
+    classes = [*CLASSES, "unclear"][: settings.get("classes", 2)]
+    cohort.write_rows(data / "cohort", [], classes)
     (data / "split" / "splits.json").write_text(json.dumps({"protocol": protocol}))
     for head in HEADS:
         for encoder, signal in zip(ENCODERS, (3.0, 1.5, 0.0), strict=True):
@@ -33,7 +34,7 @@ def write_cells(root: Path, prefix: str = "", protocol: str = "holdout", **setti
             folder = data / "evaluate" / encoder / head
             folder.mkdir(parents=True, exist_ok=True)
             table.to_parquet(folder / "predictions.parquet", index=False)
-            figures = metrics.cell(table, CLASSES) | SANITY
+            figures = metrics.cell(table, classes) | SANITY
             run.write_metrics(
                 folder / "metrics.json", {prefix + name: value for name, value in figures.items()}
             )
@@ -142,6 +143,7 @@ def test_optimistic_numbers_are_called_so_everywhere(root: Path) -> None:
     assert all(
         name.startswith("optimistic_") for name in found if name[-5:] not in ("cells", "isons")
     )
+    assert set(pd.read_csv(target / "comparisons.csv").protocol) == {"paper_optimistic"}
     columns = pd.read_csv(target / "table1.csv").columns[2:]
     assert all(name.startswith("optimistic_") for name in columns)
 
@@ -161,6 +163,16 @@ def test_folds_and_repeats_are_compared_by_the_resampled_t(root: Path) -> None:
     assert set(table.test) == {"resampled_t"}
     text = (target / "table1.md").read_text()
     assert "Mean over 6 splits and 2 seeds of each (protocol crossval), on 60 test slides" in text
+
+
+def test_three_classes_have_no_recall_of_one(root: Path) -> None:
+    shutil.rmtree(root / "data")
+    write_cells(root, slides=120, classes=3)
+    target = compared(root)
+    lines = (target / "table1.md").read_text().splitlines()
+    assert lines[2] == "| Head | Encoder | AUC | Balanced accuracy | Accuracy |"
+    table = pd.read_csv(target / "comparisons.csv", keep_default_na=False)
+    assert (table.auc_difference > 0).all() and set(table.test) == {"delong"}
 
 
 def test_the_same_inputs_give_the_same_bytes(root: Path) -> None:
