@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
-from scipy.ndimage import map_coordinates
+from scipy.ndimage import find_objects, map_coordinates
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
-from stages.detectors._regions import Regions
+from stages.detectors import Detection, _outlines
+from stages.detectors._regions import Labels, Regions
 
 STEPS = 17  # places looked at between two centres
 WHOLE = 0.85  # stain between two parts, over the contrast of the lesser: there is no gap at all
@@ -72,3 +74,25 @@ def _are_lobes(
     around = np.minimum(found.ring[first], found.ring[second])
     in_one_cell = (between >= BRIDGE * contrast) & (around >= CELL * contrast)
     return in_one_cell | (between >= WHOLE * contrast)
+
+
+def detection(nuclei: Nuclei, labels: Labels, scale: Float64[np.ndarray, " 2"]) -> Detection:
+    """The nuclei in pixels of the patch; the outline of several lobes is their convex hull.
+
+    Args:
+        nuclei: See `unite`.
+        labels: The regions, numbered one higher than their rows.
+        scale: Width and height of a working pixel, in pixels of the patch.
+    """
+    boxes = find_objects(labels)
+    rims = []
+    for regions in nuclei.regions:
+        parts = [_outlines.of(labels[boxes[one]] == one + 1, boxes[one]) for one in regions]
+        rim = parts[0] if len(parts) == 1 else cv2.convexHull(np.concatenate(parts))[:, 0]
+        rims.append((rim * scale).astype(np.float32))
+    return Detection(
+        (nuclei.centre * scale).astype(np.float32),
+        nuclei.radius_um.astype(np.float32),
+        (nuclei.quality / (nuclei.quality + 1)).astype(np.float32),
+        rims,
+    )

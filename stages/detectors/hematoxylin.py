@@ -8,10 +8,10 @@ is, and how dark beside what stands out most clearly in the patch. A few dark nu
 not hide pale ones. What lies in one cell with stain in between is united: lobes of one nucleus.
 
 Papanicolaou, Giemsa and haematoxylin make nuclei absorb red and green alike; eosin and haemoglobin
-leave red through, so that the lesser of both densities shows nuclei and little else. Light, tint,
-haze, a pale stain and lack of colour change little. Out of reach are stains that leave red or green
-through (Feulgen, fast red, brown DAB, colours turned by a faulty camera): their nuclei look as red
-cells do, which is what `min_blueness` refuses. They need one of the networks.
+leave red through, so that the lesser of both densities shows nuclei and little else. Out of reach:
+stains that leave red or green through (Feulgen, DAB), as their nuclei look like red cells, until
+`min_blueness` is lowered, where there are no red cells; red cells of gray patches, where there is
+no colour to tell them by; and haze or stain so pale that nuclei are fainter than `min_contrast`.
 """
 
 import math
@@ -21,13 +21,12 @@ from typing import Literal
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, UInt8
-from scipy.ndimage import find_objects
 from skimage.color import hed_from_rgb
 from skimage.feature import peak_local_max
 from skimage.segmentation import watershed
 
-from stages.detectors import Detection, _identity, _outlines
-from stages.detectors._lobes import Nuclei, unite
+from stages.detectors import Detection, _identity
+from stages.detectors._lobes import detection, unite
 from stages.detectors._patches import check
 from stages.detectors._regions import Colour, Labels, Regions, disk, measure
 
@@ -44,12 +43,14 @@ REACH_UM = 4.0
 CLOSEST = 1.8  # smallest radii between the centres of two nuclei, at least
 LEAST_ROUND = 0.35  # short over long axis of the ellipse with the same moments
 LEAST_FULL = 0.65  # area over that ellipse's
-NOISE = 0.02  # density: no surround is taken to be more even than this
+NOISE, NOISE_SHARE = 0.01, 0.03  # no surround is taken to be more even than this density, nor
+# than this share of the patch's highest
+GRAY = 0.1  # channels that differ by less than this share of the patch's highest density: no colour
 STANDS_OUT = 2.2  # contrast over the spread of the surround, of a nucleus of quality 1
-SURE = 2.6  # the same times shape: such regions tell how dark nuclei of the patch are
+SURE = 2.6  # contrast over spread, times shape, of those that tell how dark the patch's nuclei are
 BLUE = 0.5  # weight of the contrast that blue lacks
-IN_CELL, IN_CELL_SHARE = 0.1, 0.8  # a surround so dense is a cell, not glass: red cells lie on
-# glass, and so min_blueness is lowered to that share for what lies in a cell
+IN_CELL, IN_CELL_SHARE = 0.35, 0.8  # what has so much of its contrast around it lies in a cell, not
+# on glass as red cells do: min_blueness is lowered to that share for it
 
 Image = Float32[np.ndarray, "height width"]
 
@@ -77,7 +78,7 @@ class Params:
         if self.min_radius_um < WORK_MPP:
             raise ValueError(
                 f"detect.hematoxylin.min_radius_um is {self.min_radius_um}: it must be at least "
-                f"{WORK_MPP}, a pixel of the image that is searched"
+                f"{WORK_MPP}, a pixel of what is searched"
             )
         if not self.min_radius_um < self.max_radius_um <= MOST_RADIUS_UM:
             raise ValueError(
@@ -129,10 +130,11 @@ def _detect(patch: UInt8[np.ndarray, "height width 3"], mpp: float, params: Para
     spots = _top_hat(stain, 1.1 * params.max_radius_um / um)
     labels, count = _split(_segment(spots, um, params), um, params)
     found = measure(labels, count, density, um)
-    quality = _quality(found, params)
-    kept = np.flatnonzero(_is_candidate(found, params) & (quality >= params.strictness))
+    candidate = _has_shape(found, params) & (_is_blue(found, params) | _is_gray(density))
+    quality = _quality(found, candidate, max(NOISE, NOISE_SHARE * np.percentile(spots[::2], 99.5)))
+    kept = np.flatnonzero(quality >= params.strictness)
     nuclei = unite(found, kept, quality, stain, params.merge_um / um, params.max_radius_um)
-    return _detection(nuclei, labels, scale)
+    return detection(nuclei, labels, scale)
 
 
 def _density(image: UInt8[np.ndarray, "height width 3"], um: float) -> Colour:
@@ -195,44 +197,43 @@ def _split(
     return watershed(-distance, markers, mask=mask > 0), len(peaks)
 
 
-def _quality(found: Regions, params: Params) -> Float64[np.ndarray, " region"]:
-    """How dark, blue, round and full: 1 and more for sharp round nuclei; nothing sure, nothing.
-
-    Dark is the mean (geometric) of the contrast over the spread of the region's own surround, and
-    over the median contrast of the regions that are surely nuclei. What red and green have beyond
-    blue counts more: pale violet nuclei of Giemsa stains are known by their colour. Folds, edges of
-    cells and dirt are dark, but neither round nor full, nor do they stand out from a smooth ground.
-    """
-    shape = found.fullness * np.sqrt(found.axes[:, 1] / found.axes[:, 0])
-    spread = found.spread + NOISE
-    sure = np.where(_is_candidate(found, params), shape * found.contrast / spread, 0)
-    sure = found.contrast[sure >= min(SURE, sure.max(initial=0))]
-    typical = np.median(sure) if sure.size else math.inf
-    blue = np.clip(found.contrast - found.above_ring[:, 2], 0, found.contrast)
-    return shape * (found.contrast + BLUE * blue) / np.sqrt(STANDS_OUT * spread * typical)
+def _is_gray(density: Colour) -> bool:
+    """Whether the patch has no colour to judge by."""
+    few = density[::4, ::4]
+    return bool(np.percentile(np.ptp(few, axis=2), 99) < GRAY * np.percentile(few, 99))
 
 
-def _is_candidate(found: Regions, params: Params) -> Bool[np.ndarray, " region"]:
-    blueness = params.min_blueness * np.where(found.ring > IN_CELL, IN_CELL_SHARE, 1.0)
+def _is_blue(found: Regions, params: Params) -> Bool[np.ndarray, " region"]:
+    blueness = params.min_blueness * np.where(
+        found.ring > IN_CELL * found.contrast, IN_CELL_SHARE, 1.0
+    )
+    return found.above_ring[:, 0] >= blueness * found.above_ring[:, 2]
+
+
+def _has_shape(found: Regions, params: Params) -> Bool[np.ndarray, " region"]:
     return (
         (found.radius_um >= params.min_radius_um)
         & (found.radius_um <= params.max_radius_um)
         & (found.axes[:, 1] >= LEAST_ROUND * found.axes[:, 0])
         & (found.fullness >= LEAST_FULL)
-        & (found.above_ring[:, 0] >= blueness * found.above_ring[:, 2])
     )
 
 
-def _detection(nuclei: Nuclei, labels: Labels, scale: Float64[np.ndarray, " 2"]) -> Detection:
-    boxes = find_objects(labels)
-    rims = []
-    for regions in nuclei.regions:
-        parts = [_outlines.of(labels[boxes[one]] == one + 1, boxes[one]) for one in regions]
-        rim = parts[0] if len(parts) == 1 else cv2.convexHull(np.concatenate(parts))[:, 0]
-        rims.append((rim * scale).astype(np.float32))
-    return Detection(
-        (nuclei.centre * scale).astype(np.float32),
-        nuclei.radius_um.astype(np.float32),
-        (nuclei.quality / (nuclei.quality + 1)).astype(np.float32),
-        rims,
-    )
+def _quality(
+    found: Regions, candidate: Bool[np.ndarray, " region"], noise: float
+) -> Float64[np.ndarray, " region"]:
+    """How dark, blue, round and full; 1 and more for sharp round nuclei, 0 for no candidate.
+
+    Dark is the mean (geometric) of the contrast over the spread of the region's own surround, and
+    over the median contrast of those that stand out clearly. What red and green have beyond blue
+    counts more: pale violet nuclei of Giemsa stains are known by their colour. Folds, edges of
+    cells and dirt are dark, but neither round nor full, nor do they stand out from their surround.
+    """
+    shape = found.fullness * np.sqrt(found.axes[:, 1] / found.axes[:, 0])
+    spread = np.maximum(found.spread + noise, 1e-6)
+    sure = np.where(candidate, shape * found.contrast / spread, 0)
+    clear = found.contrast[candidate & (sure >= min(SURE, sure.max(initial=0)))]
+    typical = max(np.median(clear), 1e-6) if clear.size else math.inf
+    blue = np.clip(found.contrast - found.above_ring[:, 2], 0, found.contrast)
+    dark = (found.contrast + BLUE * blue) / np.sqrt(STANDS_OUT * spread * typical)
+    return np.where(candidate, shape * dark, 0)

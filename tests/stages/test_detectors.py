@@ -18,8 +18,8 @@ PARAMS = hematoxylin.Params(
     channel="auto",
     min_radius_um=1.8,
     max_radius_um=9.0,
-    min_contrast=0.03,
-    strictness=0.9,
+    min_contrast=0.04,
+    strictness=0.97,
     min_blueness=1.2,
     merge_um=7.0,
 )
