@@ -49,6 +49,5 @@ def _members(
     places: Int64[Tensor, "batch instance"], mask: Bool[Tensor, "batch instance"], groups: int
 ) -> Bool[Tensor, "batch group instance"]:
     """Instances dealt out to the groups in the order of their places, like cards."""
-    count = mask.sum(dim=1).clamp(1, groups)[:, None]
     group = torch.arange(groups, device=mask.device)[:, None]
-    return ((places % count)[:, None] == group) & mask[:, None]
+    return ((places % groups)[:, None] == group) & mask[:, None]

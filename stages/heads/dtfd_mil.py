@@ -174,7 +174,6 @@ class DTFDMIL(nn.Module):
             chosen = self._chosen(hidden, attention, logits, members)  # [batch, group, 1 or 2]
             present = real[:, :, None].expand(chosen.shape).flatten(1)
             weights = F.one_hot(chosen.flatten(1), hidden.shape[1]).to(hidden.dtype)
-            weights = weights * present[:, :, None]
         return Distilled(logits, weights @ hidden, weights, present)
 
     def _chosen(

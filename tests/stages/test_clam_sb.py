@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from stages.heads import _training, clam_sb
+from stages.heads._gated import GatedAttention
 from tests.definitions import clam_sb as definition
 from tests.stages import head_cases
 from tests.stages.head_cases import LENGTHS
@@ -103,6 +104,18 @@ def test_dropout_is_of_the_projection_and_a_quarter_in_the_attention() -> None:
     bag = head_cases.bags_of((7,))[0][None]
     assert not torch.equal(head(bag, mask)[0], head(bag, mask)[0])
     assert torch.equal(head.eval()(bag, mask)[0], head(bag, mask)[0])
+
+
+def test_both_branches_of_the_attention_drop_on_their_own() -> None:
+    attend = GatedAttention(2, 1, dropout=0.25)
+    for part in (attend.tanh, attend.gate):
+        torch.nn.init.constant_(part.bias, 50.0)  # both branches are 1 where they are not dropped
+    torch.nn.init.ones_(attend.out.weight)
+    torch.nn.init.zeros_(attend.out.bias)
+    torch.manual_seed(1)
+    score = attend(torch.zeros(1, 20_000, 2))
+    assert abs((score > 0).double().mean().item() - 0.75**2) < 0.015
+    torch.testing.assert_close(score.max(), torch.tensor(1 / 0.75**2))
 
 
 @pytest.mark.parametrize(
