@@ -30,10 +30,11 @@ def smooth_top1_svm(
         ValueError: alpha is below 0, tau is not above 0, or a label is no class of scores.
 
     Source:
-        Berrada et al. 2018, https://arxiv.org/abs/1802.07595, equation 6 with k = 1 and the margin
-        times alpha. Differs from the authors' code in one thing: that takes the hard maximum for
-        rows whose two largest scores are more than tau * ln(1000) apart; here the loss stays
-        smooth, at most tau * ln(1 + (classes - 1) * exp(alpha / tau) / 1000) away.
+        Berrada et al. 2018, https://arxiv.org/abs/1802.07595, the smoothed top-k loss of section 3
+        with k = 1 and the margin times alpha. Differs from the authors' code in one thing: that
+        takes the hard maximum for rows whose two largest scores are more than tau * ln(1000)
+        apart; here the loss stays smooth, away by at most
+        tau * ln(1 + (classes - 1) * exp(alpha / tau) / 1000).
     """
     if not alpha >= 0:
         raise ValueError(f"alpha is {alpha}: it must be 0 or more (1 in CLAM)")

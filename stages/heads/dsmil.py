@@ -31,7 +31,7 @@ class DSMIL(nn.Module):
     """Two streams: a linear score of every instance, and attention to the highest of them.
 
     Source:
-        Li et al. 2021, https://arxiv.org/abs/2011.08939, equations 3 to 8, in the authors' form:
+        Li et al. 2021, https://arxiv.org/abs/2011.08939, section 3, in the authors' form:
         two-layer queries, the instances themselves as values, one convolution over all classes'
         bag vectors (a linear layer of them, written as such), orthogonal weights at the start, one
         output for two classes and one a class for more, each a sigmoid, the probability from the

@@ -90,7 +90,7 @@ class DTFDMIL(nn.Module):
     """Two tiers that learn apart: the first from its groups, the second from what it is given.
 
     Source:
-        Zhang et al. 2022, https://arxiv.org/abs/2203.12081, equations 2 to 8, sizes as in the
+        Zhang et al. 2022, https://arxiv.org/abs/2203.12081, section 3, sizes as in the
         authors' code, and MAS as in the paper, which that code lacks. The second tier's loss never
         reaches the first, as there, by a cut in the graph: their order of steps raises on today's
         torch, and its usual repair lets it through. Differs from it in inference: the probability
@@ -196,7 +196,7 @@ class DTFDMIL(nn.Module):
     def _margin(
         self, hidden: Tensor, attention: Tensor, logits: Tensor
     ) -> Float[Tensor, "batch group instance"]:
-        """Log odds of the class that ranks, from class activations without bias (equation 5).
+        """Log odds of the class that ranks, from class activations without bias.
 
         They order instances as their probabilities do, and stay apart where those round to 1/2.
         """

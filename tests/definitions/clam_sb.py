@@ -14,7 +14,7 @@ def linear(weight, name, x):
 
 
 def scores_of(weight, name, hidden):
-    """Gated attention before the softmax: a_k of the paper's equation 1, one by one."""
+    """Gated attention before the softmax, one instance at a time."""
     scores = []
     for h in hidden:
         branch = torch.tanh(linear(weight, f"{name}.tanh", h))

@@ -1,4 +1,4 @@
-"""Smooth top-k SVM loss of one row, over all sets of k classes: Berrada et al. 2018, equation 6."""
+"""Smooth top-k SVM loss of one row, over all sets of k classes: Berrada et al. 2018, section 3."""
 
 import itertools
 
