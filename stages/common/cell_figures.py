@@ -135,7 +135,8 @@ def _plot(draw: Callable[[Axes, Curves], None], tables: Curves, name: str) -> Ma
     figure, axes = figures.blank(3.4, 3.3)
     draw(axes, tables)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-    axes.legend(frameon=False, labelcolor=figures.INK, fontsize=8)
+    place = "upper left" if draw is _draw_calibration else "lower right"
+    axes.legend(frameon=False, labelcolor=figures.INK, fontsize=8, loc=place)
     return figures.svg(figure, name)
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from stages.common import merits, metrics, scores
+from stages.common import intervals, merits, metrics, scores
 from tests.common.predicted import predictions
 
 NAMES = ("well", "ill", "unclear")
@@ -137,6 +137,16 @@ def test_intervals_count_patients_not_slides() -> None:
     assert widths[0] > 2 * widths[1]
 
 
+def test_shares_of_a_class_count_its_own_patients() -> None:
+    table = predictions(100, noise=2.0)
+    ill = (table.split == "test") & (table.label == 1)
+    dropped = table.slide_id.isin(table.slide_id[ill].unique()[:9])
+    found = metrics.cell(table[~dropped], NAMES[:2])
+    for name, patients in (("accuracy", 21), ("recall", 6), ("specificity", 15)):
+        ends = [found[f"{name}_wilson_{end}"] for end in ("low", "high")]
+        assert ends == pytest.approx(intervals.wilson(found[name], patients))
+
+
 def test_screening_takes_its_threshold_from_validation() -> None:
     labels = np.array([1] * 20 + [0] * 5)
     chance = np.concatenate([np.linspace(0.2, 0.96, 20), np.full(5, 0.3)])
@@ -178,6 +188,12 @@ def test_calibration_and_confusion_tables_hold_every_slide() -> None:
         of = bins[bins.scaling == scaling]
         gap = ((of.predicted - of.observed).abs() * of.slides).sum() / 240
         assert found[name] == pytest.approx(gap)
+    tests = table[table.split == "test"]
+    odds = (tests.probability_1 / tests.probability_0) ** (1 / tests.temperature)
+    after = bins[bins.scaling == "after"]
+    assert np.average(after.predicted, weights=after.slides) == pytest.approx(
+        (odds / (1 + odds)).mean()
+    )
     confusion = curves["confusion"]
     wrong = (confusion.actual == "ill") & (confusion.predicted == "well")
     assert len(confusion) == 120 and wrong.sum() / 2 == found["ensemble_actual_1_called_0"]
