@@ -8,7 +8,8 @@ are the mean of each class against the rest.
     slides_test, patients_test, splits, seeds   counts; slides and patients over all folds
     prevalence                   share of class 1 (two classes)
     auc, ap                      areas under the ROC and the precision-recall curve
-    auc_delong_low, _high        95 % interval over patients, given the trained heads: DeLong
+    auc_delong_low, _high        95 % interval over patients, given the trained heads: DeLong's on
+                                 the logit scale; Newcombe's where all pairs fall alike (AUC 1)
     auc_bootstrap_low, _high     the same by 2,000 stratified resamples of patients
     accuracy, balanced_accuracy  at the threshold that evaluation chose on validation slides
     majority_accuracy            share of the largest class: what a constant answer reaches at best
@@ -21,7 +22,8 @@ are the mean of each class against the rest.
     brier                        mean squared error of the probabilities, halved: (p - y)^2
     ece, ece_scaled              expected calibration error over the slides of all runs, before and
                                  after the temperature that validation chose
-    temperature                  its mean
+    temperature, threshold       their means
+    ensemble_actual_1_called_0   confusion counts, each slide once; with repeats their mean
     *_seed_sd, *_split_sd        spread that seeds make, and that splits make without the seeds'
     *_wilson_low, _high          95 % interval of a share, counting patients, not slides
 
