@@ -16,7 +16,7 @@ FAMILIES = ("sources", "detectors", "methods", "heads")
 DOORS = {
     "openslide": {"stages/common/slides.py"},
     "zarr": {"stages/common/stores.py", "stages/common/jpeg.py"},
-    "timm": {"stages/common/architectures.py"},
+    "timm": {"stages/common/architectures.py", "stages/heads/_optimizers.py"},
     "peft": {"stages/common/lora.py"},
     "yaml": {"stages/common/params.py"},
     "distributed": {"stages/common/perslide.py"},

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,9 +12,12 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from stages.heads import _optimizers
+
 Bags = list[Float32[np.ndarray, "instance dim"]]
 Labels = Int64[np.ndarray, " slide"]
 Labelled = tuple[Bags, Labels]
+SLICE = 8192  # instances that are held in double precision at once
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,15 @@ class Training:
     epochs: int  # passes over the train bags, at most
     patience: int  # epochs without a lower validation loss before training ends
     batch: int  # bags a step
-    learning_rate: float  # of Adam, no unit
-    weight_decay: float  # of Adam (L2), no unit
+    learning_rate: float  # peak, no unit
+    weight_decay: float  # L2 (adam, lookahead_radam) or decoupled (adamw), no unit
+    betas: tuple[float, float]  # decay of the first and second moment, shares
+    optimizer: _optimizers.Name
+    schedule: _optimizers.Schedule  # of the learning rate over all epochs
+    warmup_epochs: float  # epochs over which the learning rate rises from 0
+    clip: float  # largest norm of each optimizer's gradient; 0: any
+    balanced: bool  # draw bags with replacement, every class as often
+    standardise: bool  # shift and scale each dimension by the train instances
 
     def __post_init__(self) -> None:
         """Reject values that train nothing."""
@@ -32,10 +43,17 @@ class Training:
             value = getattr(self, name)
             if value <= 0:
                 raise ValueError(f"training.{name} of a head is {value}: it must be above 0")
-        if self.weight_decay < 0:
+        for name in ("weight_decay", "warmup_epochs", "clip"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"training.{name} of a head is {value}: it must not be below 0")
+        if self.warmup_epochs >= self.epochs:
             raise ValueError(
-                f"training.weight_decay is {self.weight_decay}: it must not be below 0"
+                f"training.warmup_epochs of a head is {self.warmup_epochs}: it must be below its "
+                f"epochs, {self.epochs}"
             )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"training.betas of a head are {self.betas}: each must be in [0, 1)")
 
 
 class Standardise(nn.Module):
@@ -47,11 +65,12 @@ class Standardise(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     def learn(self, bags: Bags) -> None:
-        """Take mean and standard deviation of all instances of the train bags."""
-        instances = np.concatenate(bags).astype(np.float64)  # [instance, dim]
-        scale = instances.std(axis=0)
+        """Take mean and standard deviation of all instances of the train bags, slice by slice."""
+        count = sum(map(len, bags))
+        mean = sum(part.sum(axis=0) for part in _slices(bags)) / count
+        scale = np.sqrt(sum(((part - mean) ** 2).sum(axis=0) for part in _slices(bags)) / count)
         scale[scale == 0] = 1.0  # a constant dimension carries nothing, whatever divides it
-        self.mean.copy_(torch.from_numpy(instances.mean(axis=0)))
+        self.mean.copy_(torch.from_numpy(mean))
         self.scale.copy_(torch.from_numpy(scale))
 
     def forward(self, bag: Float[Tensor, "batch instance dim"]) -> Float[Tensor, "..."]:
@@ -59,31 +78,43 @@ class Standardise(nn.Module):
         return (bag - self.mean) / self.scale
 
 
-def fit(network: nn.Module, train: Labelled, val: Labelled, seed: int, params: Training) -> None:
+def fit(network: nn.Module, train: Labelled, val: Labelled, seed: int, params: Training) -> int:
     """Train from new weights; keep those of the epoch with the lowest validation loss.
 
-    Everything random (weights, order of the bags, dropout) follows from `seed`. Of equal
-    validation losses the earlier epoch stays.
+    A network may say how it learns: `loss(bag, mask, labels)`, a mean over the bags, in place of
+    the cross-entropy of its logits, and `parameter_groups()`, lists of parameters with an
+    optimizer each. The validation loss is the cross-entropy of its logits always. Everything
+    random (weights, order of the bags, dropout) follows from `seed`. Of equal validation losses
+    the earlier epoch stays.
+
+    Returns:
+        The epoch kept, from 1.
+
+    Raises:
+        ValueError: the validation loss was never finite.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network.apply(_renew).to(_device())
-        network.standardise.learn(train[0])
-        optimizer = torch.optim.Adam(
-            network.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay
-        )
-        best_loss, best_weights, waited = float("inf"), None, 0
-        for _ in range(params.epochs):
-            _train_epoch(network, train, optimizer, params.batch)
+        if params.standardise:
+            network.standardise.learn(train[0])
+        optimizers = _optimizers.build(network, params.optimizer, params.betas, params.weight_decay)
+        best_loss, best_weights, best_epoch = float("inf"), None, 0
+        for epoch in range(1, params.epochs + 1):
+            _train_epoch(network, train, optimizers, params, epoch)
             loss = _validation_loss(network, val, params.batch)
-            waited += 1
             if loss < best_loss:
-                best_loss, best_weights, waited = loss, copy.deepcopy(network.state_dict()), 0
-            if waited == params.patience:
+                best_loss, best_weights, best_epoch = (
+                    loss,
+                    copy.deepcopy(network.state_dict()),
+                    epoch,
+                )
+            if epoch - best_epoch == params.patience:
                 break
     if best_weights is None:
         raise ValueError("the head's loss is not finite from the start: lower its learning_rate")
     network.load_state_dict(best_weights)
+    return best_epoch
 
 
 @torch.no_grad()
@@ -112,33 +143,61 @@ def pad(
 
 
 def _train_epoch(
-    network: nn.Module, train: Labelled, optimizer: torch.optim.Optimizer, batch: int
+    network: nn.Module,
+    train: Labelled,
+    optimizers: list[torch.optim.Optimizer],
+    params: Training,
+    epoch: int,
 ) -> None:
     network.train()
-    order = torch.randperm(len(train[0]))
-    for logits, labels in _batches(network, train, order, batch):
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    loss_of = getattr(network, "loss", partial(_cross_entropy, network))
+    batches = list(_order(train[1], params.balanced).split(params.batch))
+    warmup = params.warmup_epochs / params.epochs
+    for at, chosen in enumerate(batches):
+        loss_of(*_batch(network, train, chosen)).backward()
+        # the middle of the step: no step of a warm-up or of a cosine is then of rate 0
+        progress = (epoch - 1 + (at + 0.5) / len(batches)) / params.epochs
+        rate = _optimizers.rate_at(params.learning_rate, params.schedule, warmup, progress)
+        _optimizers.step(optimizers, rate, params.clip)
+
+
+def _order(labels: Labels, balanced: bool) -> Int64[Tensor, " slide"]:
+    """The bags of an epoch in order: each once, or as many drawn from each class alike."""
+    if not balanced:
+        return torch.randperm(len(labels))
+    found = torch.from_numpy(labels)
+    weights = 1 / found.bincount().double()[found]
+    return torch.multinomial(weights, len(labels), replacement=True)
 
 
 @torch.no_grad()
 def _validation_loss(network: nn.Module, val: Labelled, batch: int) -> float:
     network.eval()
     total = 0.0
-    for logits, labels in _batches(network, val, torch.arange(len(val[0])), batch):
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
+    for chosen in torch.arange(len(val[0])).split(batch):
+        total += len(chosen) * _cross_entropy(network, *_batch(network, val, chosen)).item()
     return total / len(val[0])
 
 
-def _batches(
-    network: nn.Module, labelled: Labelled, order: Int64[Tensor, " slide"], batch: int
-) -> Iterator[tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]]:
+def _cross_entropy(
+    network: nn.Module, bag: Tensor, mask: Tensor, labels: Tensor
+) -> Float[Tensor, ""]:
+    return F.cross_entropy(network(bag, mask)[0], labels)
+
+
+def _batch(
+    network: nn.Module, labelled: Labelled, chosen: Int64[Tensor, " batch"]
+) -> tuple[Tensor, Tensor, Tensor]:
     bags, labels = labelled
-    for chosen in order.split(batch):
-        logits, _ = network(*pad([bags[at] for at in chosen], _device_of(network)))
-        yield logits, torch.from_numpy(labels)[chosen].to(logits.device)
+    bag, mask = pad([bags[at] for at in chosen], _device_of(network))
+    return bag, mask, torch.from_numpy(labels)[chosen].to(bag.device)
+
+
+def _slices(bags: Bags) -> Iterator[Float64[np.ndarray, "instance dim"]]:
+    """All instances in double precision, few thousand at a time: bags may be gigabytes."""
+    for bag in bags:
+        for start in range(0, len(bag), SLICE):
+            yield bag[start : start + SLICE].astype(np.float64)
 
 
 def _renew(module: nn.Module) -> None:

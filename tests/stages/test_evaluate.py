@@ -14,13 +14,14 @@ from stages import evaluate
 from stages.common import bags as labelled
 from stages.common import cohort, metrics, stores
 from stages.common.cohort import SlideRow
-from stages.heads import _training, abmil, meanpool
+from stages.heads import abmil, meanpool
+from tests.stages import head_cases
 
 DIM = 5
 FILES = ("metrics.json", "predictions.csv", "roc.csv", "attention.csv")
-TRAINING = _training.Training(epochs=7, patience=7, batch=3, learning_rate=5e-3, weight_decay=0.0)
+TRAINING = head_cases.training(7, 5e-3)
 HEADS = {
-    "abmil": partial(abmil.build, params=abmil.Params(11, 7, True, TRAINING)),
+    "abmil": partial(abmil.build, params=abmil.Params("gated", 11, 7, TRAINING)),
     "meanpool": partial(meanpool.build, params=meanpool.Params((0.1, 1.0))),
 }
 

@@ -1,5 +1,7 @@
 """Heads: the printed mathematics, padding, learning, and what decides when training ends."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,9 @@ from sklearn.metrics import roc_auc_score
 
 from stages.common import plugins
 from stages.heads import _training, abmil, meanpool
+from tests.stages import head_cases
 
-TRAINING = _training.Training(
-    epochs=40, patience=40, batch=4, learning_rate=2e-3, weight_decay=1e-4
-)
+TRAINING = head_cases.training(40, 2e-3)
 DIM = 7
 
 
@@ -19,9 +20,9 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def a_head(gated: bool = True, training: _training.Training = TRAINING) -> abmil.ABMIL:
+def a_head(variant: str = "gated", training: _training.Training = TRAINING) -> abmil.ABMIL:
     torch.manual_seed(0)
-    params = abmil.Params(width=31, attention_width=13, gated=gated, training=training)
+    params = abmil.Params(width=31, attention_width=13, variant=variant, training=training)
     return abmil.build(DIM, 2, params)
 
 
@@ -60,9 +61,9 @@ def by_the_equations(head: abmil.ABMIL, bag: np.ndarray) -> tuple[np.ndarray, np
     return linear("classify", pooled), attention
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_abmil_is_the_printed_equations(gated: bool) -> None:
-    head = a_head(gated)
+@pytest.mark.parametrize("variant", ["gated", "plain", "clam"])
+def test_abmil_is_the_printed_equations(variant: str) -> None:
+    head = a_head(variant).eval()
     bag = np.random.default_rng(1).normal(size=(5, DIM)).astype(np.float32)
     logits, attention = head(torch.from_numpy(bag)[None], torch.ones(1, 5, dtype=torch.bool))
     expected_logits, expected_attention = by_the_equations(head, bag)
@@ -73,13 +74,13 @@ def test_abmil_is_the_printed_equations(gated: bool) -> None:
 def test_plain_and_gated_attention_differ() -> None:
     bag = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 5, DIM)).astype(np.float32))
     mask = torch.ones(1, 5, dtype=torch.bool)
-    assert a_head(gated=False).attend_gate is None
-    assert not torch.allclose(a_head(True)(bag, mask)[1], a_head(False)(bag, mask)[1])
+    assert a_head("plain").attend_gate is None
+    assert not torch.allclose(a_head("gated")(bag, mask)[1], a_head("plain")(bag, mask)[1])
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_padding_and_batching_change_nothing(gated: bool) -> None:
-    head, rng = a_head(gated), np.random.default_rng(2)
+@pytest.mark.parametrize("variant", ["gated", "plain", "clam"])
+def test_padding_and_batching_change_nothing(variant: str) -> None:
+    head, rng = a_head(variant).eval(), np.random.default_rng(2)
     bags = [rng.normal(size=(length, DIM)).astype(np.float32) for length in (1, 17, 5)]
     padded, mask = _training.pad(bags, torch.device("cpu"))
     padded[~mask] = 1e3  # what padding holds must not matter
@@ -111,10 +112,10 @@ def test_permuting_instances_permutes_attention_only() -> None:
     np.testing.assert_allclose(weights, attention[order], atol=1e-6)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_abmil_learns_the_instance_that_decides_and_points_at_it(gated: bool) -> None:
+@pytest.mark.parametrize("variant", ["gated", "plain", "clam"])
+def test_abmil_learns_the_instance_that_decides_and_points_at_it(variant: str) -> None:
     train, val, test = (bags_with_a_key(60, seed) for seed in (1, 2, 3))
-    head = a_head(gated)
+    head = a_head(variant)
     head.fit(train[0], train[1], val[0], val[1], seed=5)
     probability, attention = head.predict(test[0])
     assert roc_auc_score(test[1], probability[:, 1]) > 0.95
@@ -180,7 +181,7 @@ def losses_are(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> list[dic
 
 def test_the_epoch_with_the_lowest_validation_loss_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = losses_are(monkeypatch, [0.9, 0.4, 0.6, 0.4, 0.7, 0.1])
-    head = a_head(training=_training.Training(6, 3, 4, 1e-3, 0.0))
+    head = a_head(training=dataclasses.replace(TRAINING, epochs=6, patience=3))
     train = bags_with_a_key(10, 1)
     head.fit(train[0], train[1], train[0], train[1], seed=3)
     assert len(seen) == 5  # patience 3 after the second epoch: 0.1 is never reached
@@ -196,9 +197,8 @@ def test_rejects_a_loss_that_is_never_finite(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("field", ["epochs", "patience", "batch", "learning_rate"])
 def test_rejects_training_that_does_nothing(field: str) -> None:
-    values = {"epochs": 2, "patience": 2, "batch": 2, "learning_rate": 0.1, "weight_decay": 0.0}
     with pytest.raises(ValueError, match=f"training.{field} of a head is 0"):
-        _training.Training(**values | {field: 0})
+        dataclasses.replace(TRAINING, **{field: 0})
 
 
 def test_meanpool_matches_a_hand_computation() -> None:

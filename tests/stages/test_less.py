@@ -9,18 +9,13 @@ from sklearn.metrics import roc_auc_score
 
 from stages.heads import _training, less
 from tests.definitions import less as definition
+from tests.stages import head_cases
 
 DIM = 10
 LENGTHS = (1, 2, 5, 7)
 CROPS, PATCHES = slice(DIM // 2, None), slice(0, DIM // 2)
 
-TRAINING = {
-    "epochs": 25,
-    "patience": 25,
-    "batch": 8,
-    "learning_rate": 3e-3,
-    "weight_decay": 1e-4,
-}
+TRAINING = dataclasses.replace(head_cases.training(25, 3e-3), batch=8)
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +177,7 @@ def bags_with_a_key(count: int, seed: int, part: slice) -> tuple[list[np.ndarray
 @pytest.mark.parametrize("scale", [PATCHES, CROPS])
 def test_learns_from_either_scale(scale: slice) -> None:
     train, val, test = (bags_with_a_key(40, seed, scale) for seed in (1, 2, 3))
-    training = _training.Training(**TRAINING)
+    training = TRAINING
     head = less.build(DIM, 2, less.Params(True, (16, 24), 2, (1, 1), 1, 2, training))
     head.fit(*train, *val, seed=5)
     probability, attention = head.predict(test[0])

@@ -10,18 +10,13 @@ from sklearn.metrics import roc_auc_score
 from stages.heads import _nystrom, _training, transmil
 from tests.definitions import nystrom as nystrom_definition
 from tests.definitions import transmil as definition
+from tests.stages import head_cases
 
 DIM = 5
 LENGTHS = (1, 2, 3, 4, 7, 11, 13)
 ATTENTION = transmil.ATTENTION
 
-TRAINING = {
-    "epochs": 25,
-    "patience": 25,
-    "batch": 8,
-    "learning_rate": 3e-3,
-    "weight_decay": 1e-4,
-}
+TRAINING = dataclasses.replace(head_cases.training(25, 3e-3), batch=8)
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +197,7 @@ def bags_with_a_key(count: int, seed: int) -> tuple[list[np.ndarray], np.ndarray
 def test_learns_from_the_instance_that_decides() -> None:
     # Of 40 bags it learns the orders of the noise by heart.
     train, val, test = (bags_with_a_key(80, seed) for seed in (1, 2, 3))
-    training = _training.Training(**TRAINING)
+    training = TRAINING
     head = transmil.build(DIM, 2, transmil.Params(32, 2, "exact", 8, 6, 5, 0.1, training))
     head.fit(*train, *val, seed=5)
     probability, attention = head.predict(test[0])
