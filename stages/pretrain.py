@@ -85,6 +85,7 @@ def main(
         if not group.agreed(group.first and checkpoint.finished(plan.folder, result, made)):
             with training.memory_explained(settings, group.count):
                 train(method, views, plan, journal, _probe(data, plan, group), group)
+            training.check_weights(method, plan.total)
             if group.first:
                 checkpoint.finish(plan.folder, plan.total, result, made)
     if group.first:

@@ -21,6 +21,7 @@ from stages.common.watch import WatchParams
 # Settings that change how a run goes about it and not what comes out.
 INDIFFERENT = ("workers", "gradient_checkpointing", "checkpoint_steps", "keep_checkpoints", "watch")
 REFERENCE_BATCH = 256  # patches per step that learning_rate is given for
+LONGEST_WARMUP = 0.5  # of the run
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class PretrainParams:
     accumulate: int
     optimizer: optimizer.Name  # adam: the paper's, its decay is part of the gradient
     learning_rate: float  # peak at 256 patches per step, in proportion to batch (paper: 5e-4)
-    final_learning_rate: float  # at the end of the run
-    warmup_epochs: float  # in which the learning rate rises from 0
+    final_learning_rate: float  # at the end of the run, whatever the batch (as in DINO's code)
+    warmup_epochs: float  # in which the learning rate rises from 0; half of the run at most
     weight_decay: float  # at first; biases and norms have none
     final_weight_decay: float  # at the end of the run
     clip_norm: float  # largest norm of the gradient of any one tensor; 0: no limit
@@ -70,8 +71,7 @@ class PretrainParams:
         self._require("learning_rate", self.learning_rate > 0, "above 0")
         self._require("final_learning_rate", self.final_learning_rate >= 0, "0 or more")
         self._require("drop_path", 0 <= self.drop_path < 1, "from 0 to below 1")
-        below = f"from 0 to below epochs, {self.epochs}"
-        self._require("warmup_epochs", 0 <= self.warmup_epochs < self.epochs, below)
+        self._require("warmup_epochs", self.warmup_epochs >= 0, "0 or more")
         whole = self.global_px >= 1 and self.global_px % max(self.token_px, 1) == 0
         self._require("global_px", whole, f"a multiple of token_px, {self.token_px}")
 
@@ -111,9 +111,12 @@ class Plan:
 
 
 def rates(settings: PretrainParams, progress: float) -> dict[str, float]:
-    """Learning rate and weight decay of a step."""
+    """Learning rate and weight decay of a step.
+
+    A short trial of a long run's settings must warm up and learn: the warm-up ends halfway at last.
+    """
     peak = settings.learning_rate * settings.batch / REFERENCE_BATCH
-    warmup = settings.warmup_epochs / settings.epochs
+    warmup = min(settings.warmup_epochs / settings.epochs, LONGEST_WARMUP)
     rate = warmup_cosine(peak, settings.final_learning_rate, warmup, progress)
     decay = cosine(settings.weight_decay, settings.final_weight_decay, progress)
     return {"learning_rate": rate, "weight_decay": decay}
@@ -197,6 +200,20 @@ def check_finite(loss: float, norm: float, scaler: GradScaler, step: int, folder
             "finite; lower pretrain.learning_rate or set pretrain.autocast to none (checkpoints "
             f"from before are in {folder})"
         )
+
+
+def check_weights(method: nn.Module, step: int) -> None:
+    """Refuse to export what the last step broke: its loss was finite, and came before it.
+
+    Raises:
+        ValueError: a weight is not finite.
+    """
+    for name, value in method.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(
+                f"{name} is not finite after the last step, {step}: nothing is exported; lower "
+                "pretrain.learning_rate or set pretrain.autocast to none"
+            )
 
 
 @contextmanager

@@ -43,12 +43,29 @@ def test_learning_rate_is_in_proportion_to_the_batch():
     assert rates == pytest.approx([0, peak / 2, peak, (peak + 1e-6) / 2])
 
 
+@pytest.mark.parametrize("warmup", [0.5, 1.0, 7.0])
+def test_a_warm_up_takes_half_of_a_short_run_at_most(warmup):
+    settings = changed(learning_rate=1e-3, batch=256, epochs=1, warmup_epochs=warmup)
+    rates = [training.rates(settings, at)["learning_rate"] for at in (0.0, 0.25, 0.5, 0.75)]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, (1e-3 + 1e-6) / 2])
+
+
+def test_names_the_weight_that_is_not_finite():
+    network = torch.nn.BatchNorm1d(3)
+    training.check_weights(network, 9)
+    for name in ("weight", "running_var"):
+        broken = torch.nn.BatchNorm1d(3)
+        broken.state_dict()[name][1] = math.inf
+        with pytest.raises(ValueError, match=f"{name} is not finite after the last step, 9"):
+            training.check_weights(broken, 9)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"global_px": 25}, r"pretrain\.global_px is 25: it must be a multiple of token_px, 8"),
         ({"epochs": 0}, r"pretrain\.epochs is 0: it must be 1 or more"),
-        ({"warmup_epochs": 3.0}, r"warmup_epochs is 3\.0: it must be from 0 to below epochs, 3"),
+        ({"warmup_epochs": -1.0}, r"warmup_epochs is -1\.0: it must be 0 or more"),
         ({"learning_rate": 0.0}, r"learning_rate is 0\.0: it must be above 0"),
         ({"drop_path": 1.0}, r"drop_path is 1\.0: it must be from 0 to below 1"),
         ({"clip_norm": -1.0}, r"clip_norm is -1\.0: it must be 0 or more"),

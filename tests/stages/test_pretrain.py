@@ -163,6 +163,20 @@ def test_divergence_names_the_step_and_keeps_finite_checkpoints(source, monkeypa
     assert all(value.isfinite().all() for value in state["method"].values())
 
 
+def test_weights_that_the_last_step_broke_are_not_exported(source, monkeypatch):
+    schedule, calls = optimizer.schedule, []
+
+    def broken_at_the_end(adam, learning_rate, weight_decay):
+        calls.append(1)
+        last = len(calls) == 18
+        schedule(adam, math.inf if last else learning_rate, weight_decay)
+
+    monkeypatch.setattr(optimizer, "schedule", broken_at_the_end)
+    with pytest.raises(ValueError, match="not finite after the last step, 18: nothing is exported"):
+        train(source, changed(epochs=6), target="broken")
+    assert not list(Path(".").rglob("broken/pretrained")) and len(calls) == 18
+
+
 def test_bfloat16_trains(source):
     made = train(source, changed(autocast="bf16"))
     assert math.isfinite(json.loads((made / "metrics.json").read_text())["loss"])
