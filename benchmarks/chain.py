@@ -23,7 +23,10 @@ import yaml
 from stages.common import stores
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("index", "cohort", "tile", "detect", "perturb", "pretrain", "embed", "evaluate", "report")
+STAGES = (
+    *("index", "cohort", "tile", "detect", "perturb", "pretrain"),
+    *("embed", "split", "evaluate", "compare", "report"),
+)
 READS = 2000
 
 

@@ -2,7 +2,7 @@
 
     reads   the source named in params.yaml (stages/sources), data/index/slides.csv
     writes  data/cohort/cohort.csv    one slide a row: id, path, label, patient, split, mpp, digest
-            data/cohort/classes.json  the classes in order, the positive one last
+            data/cohort/classes.json  the classes in order; of two the positive one last
 
 Every problem is found here and all are told at once: files that are missing or damaged, an mpp
 that is not known, an id twice, one class only, a patient in two splits.
@@ -36,7 +36,7 @@ class CohortParams:
     """The section `cohort`, without the sections of the sources."""
 
     source: str  # a file of stages/sources
-    positive: str  # the label that counts as positive; empty: the last in the alphabet
+    positive: str  # of two labels the positive one; empty: the last in the alphabet
     test_share: float  # share of each class's patients, 0 to 1 (the paper: 0.3)
     val_share: float  # share of the patients that are not test, 0 to 1
 
@@ -87,13 +87,13 @@ def _classes(rows: list[SlideRow], positive: str) -> list[str]:
     labels = sorted({row.label for row in rows})
     if len(labels) < 2:
         raise ValueError(f"all slides have the label {labels[0]!r}: a cohort needs two classes")
-    if len(labels) > 2:
+    choice = ", ".join(labels)
+    if positive and len(labels) > 2:
         raise ValueError(
-            f"the slides have {len(labels)} labels ({', '.join(labels)}): evaluation needs two; "
-            "merge labels or leave slides out"
+            f"cohort.positive is {positive!r} and the slides have {len(labels)} labels ({choice}): "
+            "leave it empty, one class against the rest is scored for each; or merge labels"
         )
     if positive and positive not in labels:
-        choice = ", ".join(labels)
         raise ValueError(f"cohort.positive is {positive!r}: set it to one of {choice}")
     return sorted(labels, key=lambda label: (label == positive, label))
 

@@ -1,4 +1,4 @@
-"""Stage 8, compare: Table 1, and every encoder against the others under each head.
+"""Stage 9, compare: Table 1, and every encoder against the others under each head.
 
     reads   data/cohort, data/split, data/evaluate
     writes  data/compare  comparisons.csv, table1.md, table1.csv, table1.png, metrics.json
@@ -99,13 +99,16 @@ def caption_of(split: dict[str, object], metrics: dict[tuple[str, str], dict[str
 
 
 def summary(table: pd.DataFrame, found: pd.DataFrame, prefix: str) -> dict[str, float]:
-    """Few numbers for `dvc metrics`: each AUC difference with its corrected p, and their count."""
+    """Few numbers for `dvc metrics`: each AUC, each difference with its corrected p, and counts."""
     rows = found.to_dict("records")
+    cells = table[~table1.is_sanity(table)].to_dict("records")
     values: dict[str, float] = {
-        "cells": int((~table1.is_sanity(table)).sum()),
+        "cells": len(cells),
         "comparisons": len(rows),
         prefix + "significant_after_holm": int(sum(row["p_holm"] < 0.05 for row in rows)),
     }
+    for row in cells:
+        values[f"{prefix}{row['head']}_{row['encoder']}_auc"] = row[prefix + "auc"]
     for row in rows:
         name = f"{prefix}{row['head']}_{row['encoder']}_minus_{row['other']}_auc"
         values[name] = row["auc_difference"]

@@ -1,32 +1,41 @@
-"""Stage 7, evaluate: train a head on the bags of one encoder and score it once on test slides.
+"""Stage 8, evaluate: what the bags of one encoder are worth to one head.
 
-    reads   data/cohort                     labels, patients, splits
-            data/embed/<encoder>            one bag per slide
-    writes  data/evaluate/<encoder>/<head>  metrics.json, predictions.csv, roc.csv, attention.csv
+    reads   data/cohort/classes.json, data/split, data/embed/<encoder>
+    writes  data/evaluate/<encoder>/<head>/
+              metrics.json         every figure, flat; `stages.common.metrics` names them
+              predictions.parquet  slide_id, patient, repeat, fold, split, seed, label,
+                                   probability_<class>, threshold (two classes), temperature
+              attention.parquet    slide_id, repeat, fold, patch, attention; of test slides, mean
+                                   over the seeds
+              roc.csv, pr.csv, calibration.csv, confusion.csv   for `dvc plots`
 
-Run it with `dvc repro evaluate`; its settings are the `evaluate` section of params.yaml. Epoch,
-strength and threshold come from the validation slides; test slides are scored at the very end.
+Run it with `dvc repro evaluate`; its settings are the `evaluate` section of params.yaml. A fit is
+a split with a seed; fits run in parallel and each is kept, so that a killed run goes on. Epoch,
+strength, threshold and temperature come from validation slides: a fit has no test labels
+(`stages.common.fits.Fit`). Under the protocol paper_optimistic test slides are given as validation
+slides too, as much of the field does, and every figure's name begins with `optimistic_`.
 """
 
-import functools
+import dataclasses
 import logging
+import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from jaxtyping import Float64
 
-from stages.common import metrics, params, plugins, run
-from stages.common.bags import LabelledBags, load_splits
-from stages.heads import Head
+from stages.common import bags, cohort, fits, merits, metrics, params, perslide, plugins, run
+from stages.common import splits as made_splits
+from stages.common.fits import PARTS, Fit
+from stages.common.splits import KEYS, OPTIMISTIC, Splits
 
 logger = logging.getLogger(__name__)
 
-ROC = ["fpr", "tpr", "threshold"]
+PREDICTED = ["slide_id", "patient", *KEYS, "split", "seed", "label"]  # then what the fit says
+PERMUTED, RANDOM = "sanity_permuted_labels_auc", "sanity_random_features_auc"
 
 
 @dataclass(frozen=True)
@@ -34,131 +43,204 @@ class EvaluateParams:
     """Section evaluate of params.yaml; each head has a section of its own inside."""
 
     heads: tuple[str, ...]  # files of stages/heads; each is a cell of the matrix in dvc.yaml
-    seeds: int  # runs that differ in initialisation and order of the bags
+    seeds: int  # fits of a split that differ in initialisation and order of the bags
+    sanity: bool  # on the first split also fit permuted labels, and random features
 
     def __post_init__(self) -> None:
-        """Reject a count that has no spread."""
-        if self.seeds < 2:
+        """Reject a count that fits nothing."""
+        if self.seeds < 1:
             raise ValueError(
-                f"evaluate.seeds is {self.seeds}: it must be 2 or more, the spread is reported"
+                f"evaluate.seeds is {self.seeds}: it must be 1 or more; from 2 on the spread is "
+                "reported"
             )
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A trained head and the threshold that validation gave it."""
-
-    seed: int
-    head: Head
-    threshold: float
-
-
 def main(
-    cohort: Path,
-    bags: Path,
-    target: Path,
-    build: Callable[[int, int], Head],
-    settings: EvaluateParams,
-    seed: int,
+    encoder: str,
+    head: str,
+    data: Path = Path("data"),
+    settings_file: Path = Path("params.yaml"),
 ) -> None:
-    """Fit on train and validation slides, then score the test slides and write the results.
+    """Make the fits of one cell of the matrix, score their test slides and write the files.
 
     Args:
-        cohort: Folder of the cohort stage.
-        bags: Folder of the embed stage, of one encoder.
-        target: Folder to write to.
-        build: Makes an untrained head from (numbers in an embedding, classes).
-        settings: Section evaluate.
-        seed: The first seed.
+        encoder: A folder of data/embed.
+        head: A file of stages/heads.
+        data: Folder of all stages.
+        settings_file: The params.
 
     Raises:
-        FileNotFoundError: the cohort or a bag is missing.
-        ValueError: labels or embeddings cannot be evaluated, see `stages.common.bags`.
+        FileNotFoundError: the splits, the classes or a bag are missing.
+        ValueError: labels, splits or embeddings cannot be evaluated, or fits failed.
     """
-    torch.set_num_threads(1)  # heads are small: threads cost more than they save, and reorder sums
-    splits = load_splits(cohort, bags)
-    fits = []
-    for at in range(seed, seed + settings.seeds):
-        fits.append(fit(build, splits["train"], splits["val"], at))
-        logger.info("%s: seed %d is trained, threshold %.3f", target, at, fits[-1].threshold)
-    score_once(target, fits, splits)
+    settings = params.load(EvaluateParams, "evaluate", settings_file)
+    split = made_splits.read(data / "split")
+    classes = cohort.read_classes(data / "cohort")
+    table = labelled(split, classes)
+    plan = plan_of(table, data / "embed" / encoder, head, len(classes), settings_file)
+    sanity = sanity_of(plan, settings, split.protocol) if settings.sanity else {}
+    target = data / "evaluate" / encoder / head
+    everything = [*plan, *(fit for found in sanity.values() for fit in found)]
+    _run(everything, _surveyed(plan[0]), target / "fits")
+    write(target, plan, sanity, table, classes, split.protocol)
+    shutil.rmtree(target / "fits")
 
 
-def fit(
-    build: Callable[[int, int], Head], train: LabelledBags, val: LabelledBags, seed: int
-) -> Fitted:
-    """Train one head and choose its threshold; test slides have no way in here."""
-    head = build(train.bags[0].shape[1], 2)
-    head.fit(train.bags, train.labels, val.bags, val.labels, seed)
-    probability, _ = head.predict(val.bags)
-    return Fitted(seed, head, metrics.threshold_from(val.labels, probability[:, 1]))
+def labelled(split: Splits, classes: list[str]) -> pd.DataFrame:
+    """The splits with `label` as the index of the class; optimistic: test slides validate too.
+
+    Raises:
+        ValueError: a label is no class, or a part lacks a class, or a patient is in two.
+    """
+    table = split.table
+    unknown = table[~table.label.isin(classes)]
+    if len(unknown):
+        raise ValueError(
+            f"slide {unknown.slide_id.iloc[0]} has the label {unknown.label.iloc[0]!r} in the "
+            f"splits: the cohort's classes are {', '.join(classes)}; run `dvc repro split`"
+        )
+    optimistic = split.protocol == OPTIMISTIC
+    made_splits.check(table, ("train", "test") if optimistic else PARTS)
+    if optimistic:
+        table = pd.concat([table, table[table.split == "test"].assign(split="val")])
+    return table.assign(label=table.label.map(classes.index))
 
 
-def score_once(target: Path, fits: list[Fitted], splits: dict[str, LabelledBags]) -> None:
-    """Predict every slide with every seed's head, score the test slides, write the four files."""
-    predicted = [
-        {split: fitted.head.predict(part.bags) for split, part in splits.items()} for fitted in fits
-    ]
-    labels = splits["test"].labels
-    probabilities = [of_seed["test"][0][:, 1] for of_seed in predicted]
-    runs = [
-        metrics.score(labels, probability, fitted.threshold)
-        for probability, fitted in zip(probabilities, fits, strict=True)
-    ]
-    counts = {split: len(part.bags) for split, part in splits.items()}
-    run.write_metrics(target / "metrics.json", {**metrics.spread(runs), "slides": counts})
-    rows = [
-        _predictions(fitted, split, part, of_seed[split][0])
-        for fitted, of_seed in zip(fits, predicted, strict=True)
-        for split, part in splits.items()
-    ]
-    _write_csv(target / "predictions.csv", pd.concat(rows))
-    curve = pd.DataFrame(metrics.mean_roc(labels, probabilities), columns=ROC)
-    _write_csv(target / "roc.csv", curve)
-    attention = [of_seed["test"][1] for of_seed in predicted]
-    _write_csv(target / "attention.csv", _attention(splits["test"].slide_id, attention))
+def plan_of(
+    table: pd.DataFrame, folder: Path, head: str, classes: int, settings_file: Path
+) -> list[Fit]:
+    """A fit for each repeat, fold and seed."""
+    settings = params.load(EvaluateParams, "evaluate", settings_file)
+    first = params.load(params.Top, path=settings_file).seed
+    chosen = params.load(plugins.load("heads", head).Params, f"evaluate.{head}", settings_file)
+    plan = []
+    for (repeat, fold), rows in table.groupby(KEYS):
+        parts = {part: rows[rows.split == part] for part in PARTS}
+        slide_ids = {part: found.slide_id.tolist() for part, found in parts.items()}
+        labels = {part: parts[part].label.tolist() for part in ("train", "val")}
+        for seed in range(first, first + settings.seeds):
+            name = f"repeat{repeat}-fold{fold}-seed{seed}"
+            given = (head, chosen, classes, folder.resolve(), slide_ids, labels)
+            plan.append(Fit(name, int(repeat), int(fold), seed, *given))
+    return plan
 
 
-def _predictions(
-    fitted: Fitted, split: str, part: LabelledBags, probability: Float64[np.ndarray, "slide 2"]
-) -> pd.DataFrame:
-    """One row a slide; class 1 is called where probability reaches threshold."""
-    columns = {"slide_id": part.slide_id, "patient": part.patient, "split": split}
-    columns |= {"seed": fitted.seed, "probability": probability[:, 1]}
-    return pd.DataFrame(columns | {"label": part.labels, "threshold": fitted.threshold})
+def sanity_of(plan: list[Fit], settings: EvaluateParams, protocol: str) -> dict[str, list[Fit]]:
+    """The first split's fits again, where there is nothing to learn: an AUC of 0.5 is expected.
 
-
-def _attention(
-    slide_ids: list[str], runs: list[list[Float64[np.ndarray, " instance"]]]
-) -> pd.DataFrame:
-    """Attention on each patch, averaged over the seeds; sums to 1 for a slide."""
-    means = [np.mean(of_slide, axis=0) for of_slide in zip(*runs, strict=True)]
-    lengths = [len(mean) for mean in means]
-    columns = {
-        "slide_id": np.repeat(np.array(slide_ids, dtype=object), lengths),
-        "patch": np.concatenate([np.arange(length) for length in lengths]),
-        "attention": np.concatenate(means),
+    Labels are permuted among the train slides, and among the validation slides unless those are
+    the test slides, whose true labels are what makes the optimistic protocol optimistic.
+    """
+    firsts = plan[: settings.seeds]
+    parts = ("train",) if protocol == OPTIMISTIC else ("train", "val")
+    return {
+        PERMUTED: [
+            dataclasses.replace(
+                fit, name=f"permuted-seed{fit.seed}", labels=fit.labels | _permuted(fit, parts)
+            )
+            for fit in firsts
+        ],
+        RANDOM: [
+            dataclasses.replace(fit, name=f"random-seed{fit.seed}", random_features=True)
+            for fit in firsts
+        ],
     }
-    return pd.DataFrame(columns)
 
 
-def _write_csv(path: Path, table: pd.DataFrame) -> None:
+def _permuted(fit: Fit, parts: tuple[str, ...]) -> dict[str, list[int]]:
+    rng = np.random.default_rng(fit.seed)
+    return {part: rng.permutation(fit.labels[part]).tolist() for part in parts}
+
+
+def _surveyed(fit: Fit) -> dict[str, str]:
+    """Digests of all bags, which were looked at; every split has the same slides."""
+    slide_ids = sorted({slide for found in fit.slide_ids.values() for slide in found})
+    module = plugins.load("heads", fit.head)
+    found = bags.survey(fit.bags, slide_ids, getattr(module, "SCALES", 1))
+    module.build(found.dim, fit.classes, fit.params)  # refuses sizes that do not fit, here once
+    return found.digests
+
+
+def _run(plan: list[Fit], digests: dict[str, str], folder: Path) -> None:
+    head, chosen, classes = plan[0].head, plan[0].params, plan[0].classes
+    perslide.run(
+        "evaluate",
+        fits.make,
+        [fit.job(digests) for fit in plan],
+        folder,
+        code=("stages.common.fits", f"stages.heads.{head}"),
+        settings={"head": head, "classes": classes, "params": dataclasses.asdict(chosen)},
+        noun="fit",
+    )
+
+
+def write(
+    target: Path,
+    plan: list[Fit],
+    sanity: dict[str, list[Fit]],
+    table: pd.DataFrame,
+    classes: list[str],
+    protocol: str,
+) -> None:
+    """Score the test slides, for the first time here, and write every file."""
+    predictions = _predictions(target / "fits", plan, table)
+    figures: dict[str, Any] = metrics.cell(predictions, classes, plan[0].seed)
+    for name, found in sanity.items():
+        figures[name] = _mean_auc(_predictions(target / "fits", found, table), len(classes))
+    prefix = "optimistic_" if protocol == OPTIMISTIC else ""
+    run.write_metrics(
+        target / "metrics.json", {prefix + name: value for name, value in figures.items()}
+    )
+    _write_parquet(target / "predictions.parquet", predictions)
+    _write_parquet(target / "attention.parquet", _attention(target / "fits", plan))
+    for name, curve in metrics.curves(predictions, classes).items():
+        with run.atomic(target / f"{name}.csv") as temporary:
+            curve.to_csv(temporary, index=False, lineterminator="\n")
+    logger.info("%s: %sAUC %.3f over %d fits", target, prefix, figures["auc"], len(plan))
+
+
+def _predictions(folder: Path, plan: list[Fit], table: pd.DataFrame) -> pd.DataFrame:
+    """What the fits say, beside what is true; one row a slide and fit."""
+    said = pd.concat([pd.read_parquet(folder / fit.name / "predictions.parquet") for fit in plan])
+    keys = [*KEYS, "slide_id", "split"]
+    found = said.merge(table[[*keys, "patient", "label"]], on=keys, validate="many_to_one")
+    return found[PREDICTED + [name for name in found if name not in PREDICTED]]
+
+
+def _mean_auc(predictions: pd.DataFrame, classes: int) -> float:
+    tests = predictions[predictions.split == "test"]
+    columns = [f"probability_{at}" for at in range(classes)]
+    return merits.mean_of(
+        [
+            merits.areas(rows.label.to_numpy(), rows[columns].to_numpy())
+            for _, rows in tests.groupby("seed")
+        ]
+    )["auc"]
+
+
+def _attention(folder: Path, plan: list[Fit]) -> pd.DataFrame:
+    """The mean over the seeds of each split."""
+    splits: dict[tuple[int, int], list[pd.DataFrame]] = {}
+    for fit in plan:
+        found = pd.read_parquet(folder / fit.name / "attention.parquet")
+        splits.setdefault((fit.repeat, fit.fold), []).append(found)
+    means = []
+    for (repeat, fold), seeds in splits.items():
+        mean = np.mean([table.attention for table in seeds], axis=0, dtype=np.float64)
+        means.append(seeds[0].assign(attention=mean.astype(np.float32), repeat=repeat, fold=fold))
+    return pd.concat(means)[["slide_id", *KEYS, "patch", "attention"]]
+
+
+def _write_parquet(path: Path, table: pd.DataFrame) -> None:
     with run.atomic(path) as temporary:
-        table.to_csv(temporary, index=False, lineterminator="\n")
+        table.to_parquet(temporary, index=False)
 
 
 def command() -> None:
     """`python -m stages.evaluate <encoder> <head>`: the names of one cell of the matrix."""
     if len(sys.argv) != 3:
         raise ValueError(f"evaluate got {sys.argv[1:]}: give an encoder and a head")
-    encoder, head = sys.argv[1:]
-    module = plugins.load("heads", head)
-    build = functools.partial(module.build, params=params.load(module.Params, f"evaluate.{head}"))
-    settings = params.load(EvaluateParams, "evaluate")
-    data = Path("data")
-    target = data / "evaluate" / encoder / head
-    seed = params.load(params.Top).seed
-    main(data / "cohort", data / "embed" / encoder, target, build, settings, seed)
+    main(*sys.argv[1:])
 
 
 if __name__ == "__main__":

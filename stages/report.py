@@ -1,4 +1,4 @@
-"""Stage 8, report: one HTML page with what every stage made and how the encoders compare.
+"""Stage 10, report: one HTML page with what every stage made and how the encoders compare.
 
     reads   data/*                  metrics, pictures and predictions of the stages before
     writes  data/report/index.html  self-contained: pictures inside, nothing from the network
@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from stages.common import cohort, figures, nuclei_figures, params, run, stores
+from stages.common import cell_figures, cohort, figures, nuclei_figures, params, run, stores
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
@@ -31,16 +31,8 @@ COUNTED = (
     "perturb",
     "pretrain",
 )  # stages whose metrics.json holds counts
-FIGURES = {
-    "auc": "AUC",
-    "balanced_accuracy": "Balanced accuracy",
-    "recall": "Recall",
-    "accuracy": "Accuracy",
-    "majority_accuracy": "Majority class",
-}
 SLIDES_PER_CLASS = 3  # in the gallery of thumbnails
 PATCHES = 6  # with the highest, and as many with the lowest attention of a slide
-RANKED = ("auc", "balanced_accuracy", "accuracy")  # recall alone is won by calling all positive
 
 
 def main(
@@ -72,10 +64,9 @@ def collect(data: Path, settings_file: Path) -> dict[str, Any]:
     pretrain = data / "pretrain"
     return {
         "counts": {stage: _flat(_read_json(data / stage, stage)) for stage in COUNTED},
-        "figures": FIGURES,
         "cells": cells,
-        "best": best_of(cells),
-        "roc": figures.roc({(cell["encoder"], cell["head"]): cell["roc"] for cell in cells}),
+        "positive": classes[-1],
+        "evaluation": cell_figures.section(data, cells),
         "curves": training_curves(pretrain / "dvclive" / "plots" / "metrics"),
         "slides": _gallery(data, shown, "tile", "thumbnail.jpg", 480),
         "detection": nuclei_figures.section(data / "detect"),
@@ -97,19 +88,20 @@ def read_cells(folder: Path, settings_file: Path) -> list[dict[str, Any]]:
 
 def _read_cell(folder: Path, encoder: str, head: str) -> dict[str, Any]:
     place = folder / encoder / head
+    predictions = _read_parquet(place / "predictions.parquet")
     return {
         "encoder": encoder,
         "head": head,
         "metrics": json.loads(_need(place / "metrics.json", "evaluate").read_text("utf-8")),
-        "roc": _read_csv(place / "roc.csv"),
-        "predictions": _read_csv(place / "predictions.csv"),
-        "attention": _read_csv(place / "attention.csv"),
+        "predictions": predictions[predictions.split == "test"],
+        "attention": _first_attention(_read_parquet(place / "attention.parquet")),
     }
 
 
-def best_of(cells: list[dict[str, Any]]) -> dict[str, float]:
-    """The highest mean of each ranking figure, rounded as shown: what looks equal is equal."""
-    return {name: max(round(cell["metrics"][name]["mean"], 3) for cell in cells) for name in RANKED}
+def _first_attention(table: pd.DataFrame) -> pd.DataFrame:
+    """Of repeated splits the first in which a slide is a test slide."""
+    firsts = table.drop_duplicates("slide_id")[["slide_id", "repeat", "fold"]]
+    return table.merge(firsts, on=["slide_id", "repeat", "fold"])
 
 
 def attention_rows(
@@ -121,7 +113,8 @@ def attention_rows(
     """
     uneven = [cell for cell in cells if _is_uneven(cell["attention"])]
     firsts = {cell["encoder"]: cell for cell in reversed(uneven)}
-    tests = [[row for row in rows if row.split == "test"] for rows in of_class.values()]
+    scored = {slide_id for cell in cells for slide_id in cell["predictions"].slide_id}
+    tests = [[row for row in rows if row.slide_id in scored] for rows in of_class.values()]
     return [
         {"encoder": encoder, "head": cell["head"], **_looked_at(data, cell, found[0])}
         for found in tests
@@ -152,10 +145,15 @@ def _looked_at(data: Path, cell: dict[str, Any], row: SlideRow) -> dict[str, Any
     predicted = cell["predictions"][cell["predictions"].slide_id == row.slide_id]
     return {
         "row": row,
-        "probability": predicted.probability.mean(),
+        "probability": predicted[_last_class(predicted)].mean(),
         "high": pictures(ranked[:count]),
         "low": pictures(ranked[len(ranked) - count :]),
     }
+
+
+def _last_class(predictions: pd.DataFrame) -> str:
+    """The column of the last class, which of two is the positive one."""
+    return [name for name in predictions if name.startswith("probability_")][-1]
 
 
 def training_curves(folder: Path) -> list[tuple[str, Markup]]:
@@ -190,8 +188,8 @@ def _read_json(folder: Path, stage: str) -> dict[str, Any]:
     return json.loads(_need(folder / "metrics.json", stage).read_text(encoding="utf-8"))
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    return pd.read_csv(_need(path, "evaluate"), dtype={"slide_id": str}, keep_default_na=False)
+def _read_parquet(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(_need(path, "evaluate"))
 
 
 def _tracked(settings_file: Path) -> dict[str, dict[str, Any]]:

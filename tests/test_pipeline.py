@@ -27,7 +27,7 @@ TINY = {
     "evaluate.seeds": 2,
     "evaluate.abmil.training.epochs": 3,
 }
-AFTER_PRETRAIN = {"embed", "evaluate", "report"}
+AFTER_PRETRAIN = {"embed", "evaluate", "compare", "report"}
 
 
 def copy_tree(folder: Path) -> None:
@@ -107,7 +107,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, str]:
 def test_the_chain_leads_from_slides_to_the_report(chain):
     repository, output = chain
     assert stages_run(output) == {
-        "cohort", "tile", "detect", "perturb", "pretrain", "embed", "evaluate", "report",
+        "cohort", "tile", "detect", "perturb", "pretrain", "embed", "split", "evaluate", "compare",
+        "report",
     }  # fmt: skip
     page = (repository.folder / "data/report/index.html").read_text()
     assert "pretrained" in page and "untrained" in page
@@ -115,7 +116,8 @@ def test_the_chain_leads_from_slides_to_the_report(chain):
         for head in ("abmil", "meanpool"):
             folder = repository.folder / "data/evaluate" / encoder / head
             metrics = json.loads((folder / "metrics.json").read_text())
-            assert 0 <= metrics["auc"]["mean"] <= 1
+            assert 0 <= metrics["auc"] <= 1 and 0 <= metrics["sanity_random_features_auc"] <= 1
+    assert "| abmil | pretrained |" in (repository.folder / "data/compare/table1.md").read_text()
 
 
 def test_git_sees_no_data(chain):
@@ -131,7 +133,7 @@ def test_nothing_changed_nothing_reruns(chain):
 def test_metrics_experiments_and_plots_read_well(chain):
     repository, _ = chain
     shown = repository.run("dvc", "metrics", "show")
-    assert "auc.mean" in shown and "data/tile/metrics.json" in shown
+    assert "balanced_accuracy" in shown and "data/tile/metrics.json" in shown
     repository.run("dvc", "exp", "show", "--csv")
     plots = json.loads(repository.run("dvc", "plots", "show", "--json"))
     assert plots["data"] and not plots.get("errors")
@@ -141,7 +143,7 @@ def test_another_topk_reruns_pretrain_and_what_follows(chain):
     repository, _ = chain
     output = repository.run("dvc", "exp", "run", "-S", "sparse_topk=3")
     assert stages_run(output) == {"pretrain", *AFTER_PRETRAIN}
-    assert "auc.mean" in repository.run("dvc", "metrics", "diff", "--all")
+    assert "abmil_pretrained_auc" in repository.run("dvc", "metrics", "diff", "--all")
     repository.run("git", "checkout", "-q", ".")
     repository.run("dvc", "checkout")
 

@@ -1,111 +1,113 @@
-"""The labelled bags of a cohort, checked where they enter: what evaluation may rely on."""
+"""The bags of one encoder: checked where they enter, then read when they are needed."""
 
-from collections import defaultdict
+import hashlib
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32
+from tqdm import tqdm
 
-from stages.common import cohort, stores
-from stages.common.cohort import SlideRow
+from stages.common import stores
+
+KEPT_BYTES = 2**30  # of one sequence; bags beyond these are read again each time
+Bag = Float32[np.ndarray, "instance dim"]
 
 
 @dataclass(frozen=True)
-class LabelledBags:
-    """Slides of one split, in the order of cohort.csv."""
+class Survey:
+    """What the bags of an encoder are."""
 
-    slide_id: list[str]
-    patient: list[str]
-    bags: list[Float32[np.ndarray, "instance dim"]]
-    labels: Int64[np.ndarray, " slide"]  # 0 or 1; 1 is the positive class, last in classes.json
+    dim: int  # numbers of an instance
+    digests: dict[str, str]  # SHA-256 of each slide's instances
 
 
-def load_splits(source: Path, bags: Path) -> dict[str, LabelledBags]:
-    """Labels and embeddings of every slide by split: train, val, test.
+class StoredBags(Sequence[Bag]):
+    """The bags of some slides in order; those that fit into memory are kept there."""
+
+    def __init__(self, folder: Path, slide_ids: Sequence[str], scales: int = 1) -> None:
+        self.folder, self.slide_ids, self.scales = folder, slide_ids, scales
+        self._kept: dict[int, Bag] = {}
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        """How many slides."""
+        return len(self.slide_ids)
+
+    def __getitem__(self, at: int) -> Bag:
+        """The instances of one slide."""
+        at = operator.index(at)
+        if at in self._kept:
+            return self._kept[at]
+        bag = read(self.folder, self.slide_ids[at], self.scales)
+        if self._bytes + bag.nbytes <= KEPT_BYTES:
+            self._kept[at] = bag
+            self._bytes += bag.nbytes
+        return bag
+
+
+def read(folder: Path, slide_id: str, scales: int = 1) -> Bag:
+    """The instances of one slide.
 
     Args:
-        source: Folder with cohort.csv and classes.json.
-        bags: Folder with <slide_id>/bag.zarr, of one encoder.
+        folder: Holds <slide_id>/bag.zarr, of one encoder.
+        slide_id: The slide.
+        scales: 1: a patch's embedding; 2: followed by that of its central crop.
 
     Raises:
-        FileNotFoundError: the cohort or a bag is missing.
-        ValueError: there are not two classes, a split lacks one, a patient is in two splits, or
-            embeddings are absent, not finite, constant or of different widths.
+        FileNotFoundError: the slide has no bag.
+        ValueError: two scales are wanted and the bag has one.
     """
-    rows, classes = cohort.read_rows(source), cohort.read_classes(source)
-    if len(classes) != 2:
+    path = folder / slide_id / "bag.zarr"
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"slide {slide_id} has no bag at {path}: run `dvc repro` for the stage embed"
+        )
+    bag = stores.open_bag(path)
+    if scales == 1:
+        return bag.embedding
+    if bag.crop is None:
         raise ValueError(
-            f"the cohort has {len(classes)} classes ({', '.join(classes)}): evaluation needs two; "
-            "merge labels or leave slides out"
+            f"slide {slide_id} has no embeddings of central crops in {path}, which a head of two "
+            "scales reads: set embed.central_crop to true"
         )
-    _check_patients(rows)
-    _check_classes(rows, classes)
-    embeddings = dict(zip(rows, _load_bags(bags, [row.slide_id for row in rows]), strict=True))
-    by_split = {split: [row for row in rows if row.split == split] for split in cohort.SPLITS}
-    return {
-        split: LabelledBags(
-            [row.slide_id for row in chosen],
-            [row.patient for row in chosen],
-            [embeddings[row] for row in chosen],
-            np.array([classes.index(row.label) for row in chosen], dtype=np.int64),
-        )
-        for split, chosen in by_split.items()
-    }
+    return np.concatenate([bag.embedding, bag.crop], axis=1)
 
 
-def _check_patients(rows: list[SlideRow]) -> None:
-    splits: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        splits[row.patient].add(row.split)
-    if len(splits) == 1:
-        raise ValueError(
-            f"all slides are of one patient, {rows[0].patient}: train, val and test need different "
-            "ones; add patients, or fill in who the slides are of"
-        )
-    for patient, found in splits.items():
-        if len(found) > 1:
+def survey(folder: Path, slide_ids: Sequence[str], scales: int = 1) -> Survey:
+    """Look at every bag before anything is trained, with one in memory at a time.
+
+    Raises:
+        FileNotFoundError: a slide has no bag.
+        ValueError: embeddings are absent, not finite, constant or of different widths.
+    """
+    digests: dict[str, str] = {}
+    low = high = None
+    for slide_id, bag in _each(folder, slide_ids, scales):
+        if low is not None and bag.shape[1] != len(low):
             raise ValueError(
-                f"patient {patient} is in the splits {', '.join(sorted(found))}: a patient must be "
-                "in one; rerun `dvc repro cohort`"
+                f"slide {slide_id} has embeddings of {bag.shape[1]} numbers, slide {slide_ids[0]} "
+                f"of {len(low)}: they must come from one encoder; rerun the stage embed"
             )
+        _check(slide_id, bag)
+        low = bag.min(axis=0) if low is None else np.minimum(low, bag.min(axis=0))
+        high = bag.max(axis=0) if high is None else np.maximum(high, bag.max(axis=0))
+        digests[slide_id] = hashlib.sha256(np.ascontiguousarray(bag)).hexdigest()
+    _check_collapse(low, high, f"all embeddings in {folder}")
+    return Survey(len(low), digests)
 
 
-def _check_classes(rows: list[SlideRow], classes: list[str]) -> None:
-    present = {(row.split, row.label) for row in rows}
-    for split in cohort.SPLITS:
-        for label in classes:
-            if (split, label) not in present:
-                raise ValueError(
-                    f"split {split} has no slide of class {label}: every split needs both; add "
-                    "patients of that class, or set the column split"
-                )
+def _each(folder: Path, slide_ids: Sequence[str], scales: int) -> Iterator[tuple[str, Bag]]:
+    for slide_id in tqdm(slide_ids, desc="bags", unit="slide", delay=2):
+        yield slide_id, read(folder, slide_id, scales)
 
 
-def _load_bags(folder: Path, slide_ids: list[str]) -> list[Float32[np.ndarray, "instance dim"]]:
-    bags = []
-    for slide_id in slide_ids:
-        path = folder / slide_id / "bag.zarr"
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"slide {slide_id} has no bag at {path}: run `dvc repro` for the stage embed"
-            )
-        bag = stores.open_bag(path).embedding
-        _check_bag(slide_id, bag, bags[0] if bags else bag, slide_ids[0])
-        bags.append(bag)
-    _check_collapse(np.concatenate(bags), f"all embeddings in {folder}")
-    return bags
-
-
-def _check_bag(slide_id: str, bag: np.ndarray, first: np.ndarray, first_id: str) -> None:
+def _check(slide_id: str, bag: Bag) -> None:
     if len(bag) == 0:
         raise ValueError(
             f"slide {slide_id} has no patches: leave it out of the cohort or loosen tile's choice"
-        )
-    if bag.shape[1] != first.shape[1]:
-        raise ValueError(
-            f"slide {slide_id} has embeddings of {bag.shape[1]} numbers, slide {first_id} of "
-            f"{first.shape[1]}: they must come from one encoder; rerun the stage embed"
         )
     broken = ~np.isfinite(bag).all(axis=1)
     if broken.any():
@@ -114,13 +116,15 @@ def _check_bag(slide_id: str, bag: np.ndarray, first: np.ndarray, first_id: str)
             f"({broken.sum()} of {len(bag)} patches): they must be finite; retrain or embed again"
         )
     if len(bag) > 1:
-        _check_collapse(bag, f"the {len(bag)} embeddings of slide {slide_id}")
+        what = f"the {len(bag)} embeddings of slide {slide_id}"
+        _check_collapse(bag.min(axis=0), bag.max(axis=0), what)
 
 
-def _check_collapse(embedding: Float32[np.ndarray, "instance dim"], what: str) -> None:
+def _check_collapse(
+    low: Float32[np.ndarray, " dim"], high: Float32[np.ndarray, " dim"], what: str
+) -> None:
     # Identical inputs pass through different batches with rounding errors of about 1e-7.
-    largest = np.abs(embedding).max()
-    if np.ptp(embedding, axis=0).max() <= 1e-6 * largest:
+    if (high - low).max() <= 1e-6 * max(np.abs(low).max(), np.abs(high).max()):
         raise ValueError(
             f"{what} are equal: they must differ; look at the patches in data/tile, and if those "
             "differ the encoder has collapsed: change pretrain and train again"

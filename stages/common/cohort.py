@@ -38,7 +38,7 @@ def read_rows(folder: Path = Path("data/cohort")) -> list[SlideRow]:
 
 
 def read_classes(folder: Path = Path("data/cohort")) -> list[str]:
-    """The label of each class number; the positive class is the last."""
+    """The label of each class number; of two the positive class is the last."""
     file = folder / "classes.json"
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: run `dvc repro cohort` first")

@@ -18,29 +18,6 @@ DASHES = ("-", "--", ":", "-.")
 QUALITY = 82  # JPEG
 
 
-def roc(curves: dict[tuple[str, str], pd.DataFrame]) -> Markup:
-    """ROC curves by (encoder, head): a colour for each encoder, a dash for each head.
-
-    Args:
-        curves: Columns fpr and tpr, from (0, 0) to (1, 1).
-    """
-    encoders, heads = (sorted({pair[at] for pair in curves}) for at in (0, 1))
-    figure, axes = blank(4.4, 4.0)
-    axes.plot([0, 1], [0, 1], color=INK, alpha=0.3, linewidth=1)
-    for (encoder, head), curve in curves.items():
-        axes.plot(
-            curve.fpr,
-            curve.tpr,
-            color=COLORS[encoders.index(encoder) % len(COLORS)],
-            linestyle=DASHES[heads.index(head) % len(DASHES)],
-            linewidth=2,
-            label=f"{encoder}, {head}",
-        )
-    axes.set(xlabel="False-positive rate", ylabel="True-positive rate", aspect="equal")
-    axes.legend(frameon=False, labelcolor=INK, loc="lower right")
-    return svg(figure, "roc")
-
-
 def line(table: pd.DataFrame, name: str) -> Markup:
     """The last column against `step`; `name` keeps the plots of a page apart."""
     figure, axes = blank(3.6, 2.2)

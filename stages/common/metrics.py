@@ -36,16 +36,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int64
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from stages.common import calibration, intervals, merits, pairs, scores
+from stages.common import calibration, intervals, merits, pairs, scores, thresholds
 from stages.common import curves as tables
 from stages.common.scores import Scores
 
-Labels = Int64[np.ndarray, " slide"]
-Probability = Float[np.ndarray, " slide"]
-SENSITIVITY = 0.95  # of screening
 SPREAD = ("auc", "ap", "accuracy", "balanced_accuracy", "recall", "specificity")
 FIXED = ("accuracy", "balanced_accuracy", "recall", "specificity")
 
@@ -91,34 +86,6 @@ def curves(predictions: pd.DataFrame, classes: Sequence[str]) -> dict[str, pd.Da
     }
 
 
-def threshold_from(labels: Labels, probability: Probability) -> float:
-    """The threshold with the highest balanced accuracy (Youden's index) on validation slides.
-
-    Candidates are 0.5 and the midpoints between neighbouring probabilities. Few slides leave many
-    equally good ones: of those the nearest to 0.5 is taken, then the lower, which misses fewer
-    slides of class 1. A slide is called class 1 when its probability reaches the threshold.
-    """
-    levels = np.unique(probability)
-    candidates = np.append((levels[1:] + levels[:-1]) / 2, 0.5)
-    negative, positive = (np.sort(probability[labels == at]) for at in (0, 1))
-    right = np.searchsorted(negative, candidates) / max(1, len(negative))
-    found = 1 - np.searchsorted(positive, candidates) / max(1, len(positive))
-    balanced = (right + found) / 2
-    equal = candidates[np.isclose(balanced, max(balanced), rtol=0, atol=1e-12)]
-    return float(min(equal, key=lambda at: (round(abs(at - 0.5), 12), at)))
-
-
-def screening_threshold(labels: Labels, probability: Probability) -> float:
-    """The highest threshold that calls at least 95 % of the class-1 slides; for validation."""
-    falling = np.sort(probability[labels == 1])[::-1]
-    if len(falling) == 0:
-        raise ValueError(
-            f"of {len(labels)} validation slides none is of class 1: the threshold of screening "
-            "needs some; add patients of that class and rerun `dvc repro split`"
-        )
-    return float(falling[int(np.ceil(SENSITIVITY * len(falling) - 1e-9)) - 1])
-
-
 def _counts(tests: list[Scores]) -> dict[str, float]:
     patients = pairs.patients_of(tests)
     slides = {
@@ -155,7 +122,7 @@ def _runs(test: Scores, val: Scores) -> list[dict[str, float]]:
 
 def _at_other_thresholds(test: Scores, val: Scores, at: int) -> dict[str, float]:
     """What seed `at` would reach called at 0.5, and at the threshold of screening."""
-    screening = screening_threshold(val.label, val.probability[at, :, 1])
+    screening = thresholds.screening(val.label, val.probability[at, :, 1])
     fixed, screened = (
         merits.shares(merits.counts_of(test.label, test.probability[at, :, 1] >= threshold, 2))
         for threshold in (0.5, screening)
@@ -236,50 +203,3 @@ def _wilson(figures: dict[str, float], folds: list[Scores]) -> dict[str, float]:
     return {
         key: value for name in ends for key, value in _ends(name, {"wilson": ends[name]}).items()
     }
-
-
-def score(labels: Labels, probability: Probability, threshold: float) -> dict[str, float]:
-    """The figures of one run.
-
-    Returns:
-        auc: area under the ROC curve.
-        accuracy: share of slides called right at `threshold`.
-        majority_accuracy: share of the larger class, what a constant answer reaches at best.
-        balanced_accuracy: mean of the recalls of both classes.
-        recall: of class 1, the sensitivity.
-    """
-    called = (probability >= threshold).astype(np.int64)
-    positive = labels.mean()
-    return {
-        "auc": float(roc_auc_score(labels, probability)),
-        "accuracy": float((called == labels).mean()),
-        "majority_accuracy": float(max(positive, 1 - positive)),
-        "balanced_accuracy": float(balanced_accuracy_score(labels, called)),
-        "recall": float(called[labels == 1].mean()),
-    }
-
-
-def spread(runs: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation (n - 1) of each figure over the runs."""
-    values = {name: np.array([run[name] for run in runs]) for name in runs[0]}
-    return {
-        name: {"mean": float(column.mean()), "sd": float(column.std(ddof=1))}
-        for name, column in values.items()
-    }
-
-
-def mean_roc(labels: Labels, probabilities: Sequence[Probability]) -> Float[np.ndarray, "point 3"]:
-    """The ROC curve averaged over runs at each false-positive rate; its area is the mean AUC.
-
-    Returns:
-        Rows (false-positive rate, true-positive rate, threshold), all finite, two for each rate:
-        the lower and the upper end of the curve there. The threshold is the mean of the runs' (the
-        first one lies just above the highest probability, where scikit-learn has infinity).
-
-    Source:
-        Fawcett 2006, https://doi.org/10.1016/j.patrec.2005.10.010, vertical averaging, algorithm
-        3. Differs in keeping both ends of the vertical steps, where that has the upper only.
-    """
-    curves = [tables._finite_roc(labels, probability) for probability in probabilities]
-    rates = np.unique(np.concatenate([curve[0] for curve in curves]))
-    return np.mean([tables._at_rates(curve, rates) for curve in curves], axis=0)

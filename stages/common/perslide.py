@@ -73,7 +73,8 @@ def run(
     code: tuple[str, ...],
     settings: dict[str, Any],
     processes: int | None = None,
-    unit: str = "slide",
+    unit: str = "",
+    noun: str = "slide",
 ) -> None:
     """Bring every job's result to `target/<slide_id>/`, making only what the cache lacks.
 
@@ -86,7 +87,8 @@ def run(
         code: Modules that decide the bytes; all they import counts too.
         settings: Every param that decides the bytes.
         processes: At most so many at once on this machine, as for one a GPU; None: one a core.
-        unit: What `Job.work` counts; the progress bar tells how many a second.
+        unit: What `Job.work` counts; the progress bar tells how many a second. Empty: `noun`.
+        noun: What a job is.
 
     Raises:
         ValueError: slides failed; all others are in the cache, and a rerun makes only those.
@@ -101,14 +103,15 @@ def run(
         for job in jobs
     }
     missing = [job for job in jobs if not cache.entry(stage, keys[job.slide_id]).is_dir()]
-    logger.info("%s: %d slides to make, %d reused", stage, len(missing), len(jobs) - len(missing))
+    reused = len(jobs) - len(missing)
+    logger.info("%s: %d %ss to make, %d reused", stage, len(missing), noun, reused)
     if missing and target.exists():  # a run that fails must not leave a stage that looks whole
         shutil.rmtree(target)
     made = {"settings": settings, "code": digest}
     build = functools.partial(_build, stage, make, provenance=made)
-    failures = _build_all(stage, build, missing, keys, engine, unit) if missing else {}
+    failures = _build_all(stage, build, missing, keys, engine, (noun, unit)) if missing else {}
     cache.sweep(stage)
-    _report(stage, failures, len(jobs))
+    _report(stage, failures, len(jobs), noun)
     cache.arrange({name: cache.entry(stage, key) for name, key in keys.items()}, target)
 
 
@@ -118,24 +121,25 @@ def _build_all(
     jobs: list[Job],
     keys: dict[str, str],
     engine: EngineParams,
-    unit: str,
+    words: tuple[str, str],
 ) -> dict[str, str]:
-    """Make every job's result and return the error of each slide that failed."""
+    """Make every job's result and return the error of each that failed."""
+    noun, unit = words
     failures: dict[str, str] = {}
     begun = time.perf_counter()
     total = sum(job.work for job in jobs)
     with (
         _client(engine, len(jobs)) as client,
         # The mean speed: slides end in bursts, one from each process.
-        tqdm(total=total, desc=stage, unit=f" {unit}", smoothing=0) as bar,
+        tqdm(total=total, desc=stage, unit=f" {unit or noun}", smoothing=0) as bar,
     ):
         for job, error in _window(client, build, jobs, keys):
             if error:
                 failures[job.slide_id] = error
-                tqdm.write(f"{stage}: slide {job.slide_id} failed: {error}")
+                tqdm.write(f"{stage}: {noun} {job.slide_id} failed: {error}")
             bar.update(job.work)
     made = len(jobs) - len(failures)
-    logger.info("%s: made %d slides in %.1f s", stage, made, time.perf_counter() - begun)
+    logger.info("%s: made %d %ss in %.1f s", stage, made, noun, time.perf_counter() - begun)
     return failures
 
 
@@ -229,10 +233,10 @@ def _connected(connect: Callable[[str], Any], address: str) -> Any:
         ) from None
 
 
-def _report(stage: str, failures: dict[str, str], total: int) -> None:
+def _report(stage: str, failures: dict[str, str], total: int, noun: str) -> None:
     if failures:
         listed = "".join(f"\n  {slide_id}: {why}" for slide_id, why in sorted(failures.items()))
         raise ValueError(
-            f"{stage}: {len(failures)} of {total} slides failed; the others are kept. Mend these "
-            f"or take them out of the cohort, and run again:{listed}"
+            f"{stage}: {len(failures)} of {total} {noun}s failed; the others are kept. Mend these "
+            f"or leave their slides out of the cohort, and run again:{listed}"
         )

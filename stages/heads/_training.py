@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from stages.common import devices
 from stages.heads import _optimizers
 
 Bags = list[Float32[np.ndarray, "instance dim"]]
@@ -206,7 +207,7 @@ def _renew(module: nn.Module) -> None:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(devices.pick("auto", "evaluate"))
 
 
 def _device_of(network: nn.Module) -> torch.device:

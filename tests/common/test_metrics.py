@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from stages.common import intervals, merits, metrics, scores
+from stages.common import intervals, merits, metrics, scores, thresholds
 from tests.common.predicted import predictions
 
 NAMES = ("well", "ill", "unclear")
@@ -150,11 +150,11 @@ def test_shares_of_a_class_count_its_own_patients() -> None:
 def test_screening_takes_its_threshold_from_validation() -> None:
     labels = np.array([1] * 20 + [0] * 5)
     chance = np.concatenate([np.linspace(0.2, 0.96, 20), np.full(5, 0.3)])
-    assert metrics.screening_threshold(labels, chance) == pytest.approx(0.24)  # 19 of 20
-    assert metrics.screening_threshold(labels[1:], chance[1:]) == pytest.approx(0.24)  # 19 of 19
+    assert thresholds.screening(labels, chance) == pytest.approx(0.24)  # 19 of 20
+    assert thresholds.screening(labels[1:], chance[1:]) == pytest.approx(0.24)  # 19 of 19
     table = predictions(seeds=1)
     val, test = (table[table.split == part] for part in ("val", "test"))
-    at = metrics.screening_threshold(val.label.to_numpy(), val.probability_1.to_numpy())
+    at = thresholds.screening(val.label.to_numpy(), val.probability_1.to_numpy())
     found = metrics.cell(table, NAMES[:2])
     of_class = [test.probability_1[test.label == label] for label in (0, 1)]
     assert found["specificity_at_sensitivity_95"] == pytest.approx((of_class[0] < at).mean())

@@ -158,7 +158,6 @@ def with_first(**changes: str) -> list[dict[str, str]]:
         (with_first(slide_id="細" * 60), "120 bytes at most"),
         (with_first(slide_id="S01"), "slide id S01 (slides/inner/s00.png) occurs twice"),
         (rows(Patient="p"), "has a column Patient: call it patient, or rename it"),
-        (with_first(label="other"), "the slides have 3 labels (benign, malignant, other)"),
     ],
 )
 def test_refuses_a_bad_table_and_writes_nothing(table, message):
@@ -166,6 +165,18 @@ def test_refuses_a_bad_table_and_writes_nothing(table, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         stage.main()
     assert not Path("data/cohort/cohort.csv").exists()
+
+
+def test_three_labels_are_three_classes_and_none_is_the_positive_one():
+    names = ("other", "benign", "malignant")
+    write_labels([{**row, "label": names[at % 3]} for at, row in enumerate(rows())])
+    with pytest.raises(
+        ValueError, match=r"slides have 3 labels \(benign, malignant, other\): leave it"
+    ):
+        stage.main()
+    write_params(positive="")
+    stage.main()
+    assert cohort.read_classes() == ["benign", "malignant", "other"]
 
 
 def test_every_problem_is_told_at_once():

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from stages import report
-from stages.common import cohort, nuclei_figures, quality, stores, tally
+from stages.common import cell_figures, cohort, nuclei_figures, quality, stores, table1, tally
 from stages.common.cohort import SlideRow
 
 HOSTILE = "<script>alert('x')&\""
@@ -70,30 +70,63 @@ def write_nuclei(data: Path, counts: dict[str, int]) -> None:
     quality.write(data / "detect", list(counts))
 
 
+def figures_of(auc: float) -> dict[str, float]:
+    """The figures of a cell that the page shows."""
+    figures = {name: auc for name in (*table1.TITLES, *cell_figures.MORE)}
+    ends = {"auc": "delong", "accuracy": "wilson", "recall": "wilson", "specificity": "wilson"}
+    for name, method in ends.items():
+        figures |= {f"{name}_{method}_low": auc - 0.1, f"{name}_{method}_high": auc + 0.05}
+    figures |= {"auc_seed_sd": 0.0123, "ece": 0.2, "ece_scaled": 0.1, "majority_accuracy": 0.5}
+    counts = {"slides_test": 4, "patients_test": 4, "splits": 1, "seeds": 2}
+    return figures | counts | {"sanity_permuted_labels_auc": 0.4321}
+
+
 def write_cell(data: Path, encoder: str, head: str, auc: float) -> None:
     folder = data / "evaluate" / encoder / head
     folder.mkdir(parents=True)
-    figures = {name: {"mean": auc, "sd": 0.01} for name in report.FIGURES}
-    figures["majority_accuracy"] = {"mean": 0.5, "sd": 0.0}
-    slides = {"train": 6, "val": 2, "test": 4}
-    (folder / "metrics.json").write_text(json.dumps({**figures, "slides": slides}))
-    pd.DataFrame({"fpr": [0, 0.5, 1], "tpr": [0, auc, 1], "threshold": [1, 0.5, 0]}).to_csv(
-        folder / "roc.csv", index=False
+    (folder / "metrics.json").write_text(json.dumps(figures_of(auc)))
+    half = pd.DataFrame({"fpr": [0, 0.5, 1], "tpr": [0, auc, 1], "threshold": [1, 0.5, 0]})
+    half.to_csv(folder / "roc.csv", index=False)
+    pr = pd.DataFrame({"recall": [0, 1], "precision": [auc, auc]})
+    pr.to_csv(folder / "pr.csv", index=False)
+    bins = {"scaling": ["before", "before", "after"], "slides": 2, "predicted": [0.1, 0.8, 0.6]}
+    pd.DataFrame(bins | {"observed": [0.2, 0.9, 0.5]}).to_csv(
+        folder / "calibration.csv", index=False
     )
     tests = [row for row in rows() if row.split == "test"]
     weights = np.arange(1, PATCHES + 1) if head == "abmil" else np.ones(PATCHES)
+    # In a later repeat the head looks the other way: the page shows the first.
     attention = [
-        {"slide_id": row.slide_id, "patch": at, "attention": weight / weights.sum()}
+        {"slide_id": row.slide_id, "repeat": repeat, "fold": 0, "patch": at, "attention": weight}
+        for repeat, way in ((0, 1), (1, -1))
         for row in tests
-        for at, weight in enumerate(weights)
+        for at, weight in enumerate(weights[::way] / weights.sum())
     ]
-    pd.DataFrame(attention).to_csv(folder / "attention.csv", index=False)
+    pd.DataFrame(attention).to_parquet(folder / "attention.parquet", index=False)
     predictions = [
-        {"slide_id": row.slide_id, "split": "test", "seed": seed, "probability": 0.25 * seed}
+        {"slide_id": row.slide_id, "split": split, "seed": seed, "probability_0": 1 - chance}
+        | {"probability_1": chance}
         for row in tests
-        for seed in (1, 2)
+        for split, seed, chance in (("test", 1, 0.25), ("test", 2, 0.5), ("val", 1, 1.0))
     ]
-    pd.DataFrame(predictions).to_csv(folder / "predictions.csv", index=False)
+    pd.DataFrame(predictions).to_parquet(folder / "predictions.parquet", index=False)
+
+
+def write_comparisons(data: Path, heads: tuple[str, ...] = ("abmil", "meanpool")) -> None:
+    """Table 1 of the cells, and the first encoder against the other."""
+    folder = data / "compare"
+    folder.mkdir(exist_ok=True)
+    order = sorted(CELLS, key=lambda cell: heads.index(cell[1]))
+    table = table1.rows_of({cell: figures_of(CELLS[cell]) for cell in order})
+    table.to_csv(folder / "table1.csv", index=False)
+    (folder / "table1.md").write_text(table1.markdown(table, "Table 1. The caption."))
+    row = {"encoder": "pretrained", "other": "plain", "test": "delong"}
+    row |= {"auc_difference": 0.0625, "auc_difference_low": -0.125, "auc_difference_high": 0.25}
+    row |= {"only_encoder_right": 7, "only_other_right": 3, "p_holm": 0.0004}
+    row |= {"p_mcnemar_holm": 0.3438}
+    found = pd.DataFrame([{"head": head} | row for head in heads])
+    found.loc[1, "p_holm"] = np.nan
+    found.to_csv(folder / "comparisons.csv", index=False)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +145,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (data / stage / "metrics.json").write_text(json.dumps({"slides": 10, "patches": 12345}))
     for (encoder, head), auc in CELLS.items():
         write_cell(data, encoder, head, auc)
+    write_comparisons(data)
     curves = data / "pretrain" / "dvclive" / "plots" / "metrics" / "train"
     curves.mkdir(parents=True)
     (curves / "loss.tsv").write_text("step\tloss\n0\t3.5\n1\t2.5\n2\t1.5\n")
@@ -133,6 +167,12 @@ def page_of(root: Path) -> str:
     return (root / "data" / "report" / "index.html").read_text(encoding="utf-8")
 
 
+@pytest.fixture(scope="module")
+def page(made: Path) -> str:
+    """The page of the folder as it was made; `root` is for what spoils it."""
+    return page_of(made)
+
+
 class Elements(HTMLParser):
     """Every tag with its attributes, as a browser would read them."""
 
@@ -149,8 +189,7 @@ class Elements(HTMLParser):
         self.words.append(data)
 
 
-def test_a_hostile_slide_id_stays_text(root: Path) -> None:
-    page = page_of(root)
+def test_a_hostile_slide_id_stays_text(page: str) -> None:
     elements = Elements(page)
     assert "script" not in {tag for tag, _ in elements.tags}
     assert not any(name.startswith("on") for _, attrs in elements.tags for name in attrs)
@@ -158,8 +197,8 @@ def test_a_hostile_slide_id_stays_text(root: Path) -> None:
     assert any(HOSTILE in (attrs.get("alt") or "") for _, attrs in elements.tags)
 
 
-def test_nothing_is_fetched(root: Path) -> None:
-    elements = Elements(page_of(root))
+def test_nothing_is_fetched(page: str) -> None:
+    elements = Elements(page)
     for tag, attrs in elements.tags:
         assert tag not in {"link", "iframe", "object", "embed", "script"}
         for name in ("src", "href", "xlink:href"):
@@ -167,33 +206,88 @@ def test_nothing_is_fetched(root: Path) -> None:
             assert value is None or value.startswith(("data:image/jpeg;base64,", "#"))
 
 
-def test_every_picture_has_an_alternative_text(root: Path) -> None:
-    images = [attrs for tag, attrs in Elements(page_of(root)).tags if tag == "img"]
+def test_every_picture_has_an_alternative_text(page: str) -> None:
+    images = [attrs for tag, attrs in Elements(page).tags if tag == "img"]
     # 3 thumbnails, 1 overlay and 1 example for each of 2 classes; 1 of views, 1 of a slide without
     # nuclei; attention: 2 classes x 2 encoders x (5 highest + 5 lowest of 11 patches)
     assert len(images) == 2 * 3 + 2 + 2 + 1 + 1 + 2 * 2 * 10
     assert all(attrs["alt"] for attrs in images)
 
 
-def test_ids_are_unique_though_several_plots_stand_inline(root: Path) -> None:
-    page = page_of(root)
+def test_ids_are_unique_though_several_plots_stand_inline(page: str) -> None:
     ids = [attrs["id"] for _, attrs in Elements(page).tags if "id" in attrs]
-    assert page.count("<svg") == 5 and len(ids) == len(set(ids)) > 10
+    assert page.count("<svg") == 4 + 2 * 3 and len(ids) == len(set(ids)) > 10
     references = re.findall(r'(?:href="#|url\(#)([\w-]+)', page)
     assert references and set(references) <= set(ids)
 
 
-def test_the_best_of_each_column_is_bold_and_ties_share_it(root: Path) -> None:
-    table = page_of(root).split("<tbody>")[1].split("</tbody>")[0]
-    body = re.findall(r"<tr>(.*?)</tr>", table, flags=re.DOTALL)
-    assert [re.findall(r'"name">(\w+)', line) for line in body] == [
-        ["pretrained", "abmil"],
-        ["pretrained", "meanpool"],
-        ["plain", "abmil"],
-        ["plain", "meanpool"],
+def body_of(page: str, name: str) -> list[list[str]]:
+    """The cells of a table's rows, each as its text with marks."""
+    table = page.split(f'<table class="{name}">')[1].split("<tbody>")[1].split("</tbody>")[0]
+    found = re.findall(r"<tr.*?>(.*?)</tr>", table, flags=re.DOTALL)
+    cells = [re.findall(r"<td.*?>(.*?)</td>", line, flags=re.DOTALL) for line in found]
+    return [
+        [cell.replace("<span>", "").replace("</span>", "").strip() for cell in row] for row in cells
     ]
-    assert [line.count("<b>0.900</b> <span>± 0.010</span>") for line in body] == [3, 0, 3, 0]
-    assert all("<td>0.500</td>" in re.sub(r"\s*(</?td>)\s*", r"\1", line) for line in body)
+
+
+def test_the_best_of_each_head_is_bold_and_ties_share_it(page: str) -> None:
+    body = body_of(page, "table1")
+    assert [row[:2] for row in body] == [
+        ["abmil", "pretrained"],
+        ["abmil", "plain"],
+        ["abmil", "(permuted labels)"],
+        ["meanpool", "pretrained"],
+        ["meanpool", "plain"],
+        ["meanpool", "(permuted labels)"],
+    ]
+    assert [row[2] for row in body] == [
+        "<b>0.900</b> [0.800, 0.950]",
+        "<b>0.900</b> [0.800, 0.950]",
+        "0.432",
+        "<b>0.800</b> [0.700, 0.850]",
+        "0.700 [0.600, 0.750]",
+        "0.432",
+    ]
+    assert page.count('<tr class="dull">') == 2 and "<p>Table 1. The caption.</p>" in page
+
+
+def test_comparisons_tell_the_effect_its_interval_and_p(page: str) -> None:
+    assert body_of(page, "comparisons") == [
+        ["abmil", "pretrained", "plain", "+0.062 [-0.125, +0.250]", "&lt; 0.001", "7 : 3", "0.344"],
+        ["meanpool", "pretrained", "plain", "+0.062 [-0.125, +0.250]", "unknown", "7 : 3", "0.344"],
+    ]
+    assert "are of DeLong&#39;s test, and p is Holm's, for all 2 comparisons" in page
+
+
+def test_one_encoder_leaves_no_comparison(root: Path) -> None:
+    (root / "data" / "compare" / "comparisons.csv").write_text("head,encoder,other,test\n")
+    assert "Between encoders" not in page_of(root)
+
+
+def test_spread_and_calibration_stand_in_a_table_of_their_own(page: str) -> None:
+    titles = page.split('<table class="more">')[1].split("</thead>")[0]
+    found = re.findall(r"<th>(.*?)</th>", titles)
+    row = dict(zip(found, body_of(page, "more")[3][2:], strict=True))
+    assert (row["AUC, SD of seeds"], row["ECE"], row["ECE, scaled"]) == ("0.012", "0.200", "0.100")
+    assert row["AUC of the seed ensemble"] == "0.700" and row["Majority class"] == "0.500"
+
+
+def test_optimistic_figures_are_called_so(root: Path) -> None:
+    for cell in (root / "data" / "evaluate").glob("*/*/metrics.json"):
+        figures = json.loads(cell.read_text())
+        cell.write_text(json.dumps({f"optimistic_{name}": figures[name] for name in figures}))
+    page = page_of(root)
+    titles = page.split('<table class="more">')[1].split("</thead>")[0]
+    assert page.count("(optimistic)</h3>") == 2 + 2  # comparisons, spread, two heads
+    assert titles.count("(optimistic)</th>") == titles.count("<th>") == len(cell_figures.MORE)
+
+
+def test_curves_of_many_folds_are_thinned_to_their_ends() -> None:
+    table = pd.DataFrame({"fpr": np.linspace(0, 1, 4001), "tpr": np.linspace(0, 1, 4001)})
+    thin = cell_figures.thinned(table)
+    assert len(thin) == cell_figures.POINTS and thin.fpr.iloc[[0, -1]].tolist() == [0, 1]
+    assert len(cell_figures.thinned(table[:90])) == 90
 
 
 def test_attention_shows_the_highest_and_lowest_patches(
@@ -219,18 +313,17 @@ def test_few_patches_are_not_shown_twice(root: Path) -> None:
     assert [len(shown[0][name]) for name in ("high", "low")] == [5, 5]
 
 
-def test_settings_are_told_without_the_engine(root: Path) -> None:
-    page = page_of(root)
+def test_settings_are_told_without_the_engine(page: str) -> None:
     assert "<dt>nested.deep</dt><dd>31</dd>" in page and "<code>seed</code> 7" in page
     assert "workers" not in page
 
 
-def test_large_counts_are_grouped(root: Path) -> None:
-    assert "12\u202f345" in page_of(root)
+def test_large_counts_are_grouped(page: str) -> None:
+    assert "12\u202f345" in page
 
 
-def test_pictures_are_scaled_down(root: Path) -> None:
-    assert len(page_of(root).encode()) < 400_000
+def test_pictures_are_scaled_down(page: str) -> None:
+    assert len(page.encode()) < 400_000
 
 
 def test_same_inputs_same_bytes(root: Path) -> None:
@@ -240,7 +333,7 @@ def test_same_inputs_same_bytes(root: Path) -> None:
 def test_training_curves_may_be_absent(root: Path) -> None:
     shutil.rmtree(root / "data" / "pretrain" / "dvclive")
     page = page_of(root)
-    assert "<h2>Training</h2>" not in page and page.count("<svg") == 4
+    assert "<h2>Training</h2>" not in page and page.count("<svg") == 3 + 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -257,7 +350,11 @@ def test_training_curves_may_be_absent(root: Path) -> None:
         ("pretrain/views.png", "pretrain"),
         ("pretrain/metrics.json", "pretrain"),
         ("evaluate/plain/abmil/roc.csv", "evaluate"),
-        ("evaluate/plain/abmil/attention.csv", "evaluate"),
+        ("evaluate/plain/abmil/pr.csv", "evaluate"),
+        ("evaluate/plain/abmil/predictions.parquet", "evaluate"),
+        ("evaluate/plain/abmil/attention.parquet", "evaluate"),
+        ("compare/table1.csv", "compare"),
+        ("compare/comparisons.csv", "compare"),
     ],
 )
 def test_a_missing_input_names_its_stage(root: Path, path: str, stage: str) -> None:

@@ -1,0 +1,134 @@
+"""One fit of a head on one split with one seed: what it may know, and what it leaves behind."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float64
+
+from stages.common import calibration, plugins, thresholds
+from stages.common.bags import Bag, StoredBags
+from stages.common.perslide import Job
+from stages.heads import Head
+
+PARTS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """All that a fit is given: test slides are names to predict, their labels have no field."""
+
+    name: str
+    repeat: int
+    fold: int
+    seed: int
+    head: str  # a file of stages/heads
+    params: Any  # its Params
+    classes: int
+    bags: Path
+    slide_ids: dict[str, list[str]]  # of train, val and test
+    labels: dict[str, list[int]]  # of train and val
+    random_features: bool = False  # numbers drawn in place of embeddings
+
+    def job(self, digests: dict[str, str]) -> Job:
+        """For `perslide.run`; `digests` are those of the slides' bags."""
+        inputs = [f"seed {self.seed}", f"random features {self.random_features}"]
+        for part in PARTS:
+            slides = self.slide_ids[part]
+            labels = self.labels.get(part, [""] * len(slides))
+            inputs += [
+                f"{part} {slide_id} {label} {digests[slide_id]}"
+                for slide_id, label in zip(slides, labels, strict=True)
+            ]
+        return Job(self.name, tuple(inputs), {"fit": self})
+
+
+class Noise(Sequence[Bag]):
+    """Bags of the same shapes that say nothing of their slides."""
+
+    def __init__(self, bags: StoredBags, seed: int) -> None:
+        self.bags, self.seed = bags, seed
+
+    def __len__(self) -> int:
+        """How many slides."""
+        return len(self.bags)
+
+    def __getitem__(self, at: int) -> Bag:
+        """Normal numbers, for a slide the same each time."""
+        shape = self.bags[at].shape
+        rng = np.random.default_rng([self.seed, *self.bags.slide_ids[at].encode()])
+        return rng.standard_normal(shape, dtype=np.float32)
+
+
+def make(folder: Path, job: Job) -> None:
+    """Fit and predict; write predictions.parquet, and attention.parquet of the test slides.
+
+    Epoch and strength are chosen by the head, threshold and temperature here, all of them on the
+    validation slides.
+    """
+    torch.set_num_threads(1)  # heads are small: threads cost more than they save, and reorder sums
+    fit: Fit = job.arguments["fit"]
+    parts = {part: _bags(fit, part) for part in PARTS}
+    head = _fitted(fit, parts)
+    predicted = {part: head.predict(parts[part]) for part in PARTS}
+    chosen = _chosen(np.array(fit.labels["val"]), predicted["val"][0])
+    tables = [_table(fit, part, predicted[part][0], chosen) for part in PARTS]
+    pd.concat(tables).to_parquet(folder / "predictions.parquet", index=False)
+    attention = _attention(fit.slide_ids["test"], predicted["test"][1])
+    attention.to_parquet(folder / "attention.parquet", index=False)
+
+
+def _bags(fit: Fit, part: str) -> Sequence[Bag]:
+    scales = getattr(plugins.load("heads", fit.head), "SCALES", 1)
+    stored = StoredBags(fit.bags, fit.slide_ids[part], scales)
+    return Noise(stored, fit.seed) if fit.random_features else stored
+
+
+def _fitted(fit: Fit, parts: dict[str, Sequence[Bag]]) -> Head:
+    dim = parts["train"][0].shape[1]
+    head = plugins.load("heads", fit.head).build(dim, fit.classes, fit.params)
+    train, val = ((parts[part], np.array(fit.labels[part])) for part in PARTS[:2])
+    head.fit(*train, *val, fit.seed)
+    return head
+
+
+def _chosen(
+    labels: np.ndarray, probability: Float64[np.ndarray, "slide classes"]
+) -> dict[str, float]:
+    """The columns threshold (two classes) and temperature."""
+    tiny = np.finfo(np.float64).tiny
+    temperature = calibration.temperature(np.log(np.maximum(probability, tiny)), labels)
+    if probability.shape[1] > 2:
+        return {"temperature": temperature}
+    threshold = thresholds.balanced(labels, probability[:, 1])
+    return {"threshold": threshold, "temperature": temperature}
+
+
+def _table(
+    fit: Fit,
+    part: str,
+    probability: Float64[np.ndarray, "slide classes"],
+    chosen: dict[str, float],
+) -> pd.DataFrame:
+    """One row a slide."""
+    columns = {"slide_id": fit.slide_ids[part], "repeat": fit.repeat, "fold": fit.fold}
+    columns |= {"split": part, "seed": fit.seed}
+    columns |= {f"probability_{at}": probability[:, at] for at in range(fit.classes)}
+    return pd.DataFrame(columns | chosen)
+
+
+def _attention(
+    slide_ids: list[str], attention: list[Float64[np.ndarray, " instance"]]
+) -> pd.DataFrame:
+    """One row a patch; sums to 1 for a slide."""
+    lengths = [len(of_slide) for of_slide in attention]
+    columns = {
+        "slide_id": np.repeat(np.array(slide_ids, dtype=object), lengths),
+        "patch": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+        "attention": np.concatenate(attention).astype(np.float32),
+    }
+    return pd.DataFrame(columns)
