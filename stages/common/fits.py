@@ -13,7 +13,6 @@ from jaxtyping import Float64
 from stages.common import calibration, plugins, thresholds
 from stages.common.bags import Bag, StoredBags
 from stages.common.perslide import Job
-from stages.heads import Head
 
 PARTS = ("train", "val", "test")
 
@@ -88,7 +87,8 @@ def _bags(fit: Fit, part: str) -> Sequence[Bag]:
     return Noise(stored, fit.seed) if fit.random_features else stored
 
 
-def _fitted(fit: Fit, parts: dict[str, Sequence[Bag]]) -> Head:
+def _fitted(fit: Fit, parts: dict[str, Sequence[Bag]]) -> Any:
+    """A `stages.heads.Head`."""
     dim = parts["train"][0].shape[1]
     head = plugins.load("heads", fit.head).build(dim, fit.classes, fit.params)
     train, val = ((parts[part], np.array(fit.labels[part])) for part in PARTS[:2])
