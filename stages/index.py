@@ -1,9 +1,11 @@
-"""Stage 0, index: what DVC cannot see by itself, the user's slide folder and the detector.
+"""Stage 0, index: what DVC cannot see by itself: slides, detector, and weights to begin with.
 
     reads   the folder named in `cohort.folder`, when `cohort.source` is folder
             the weights of the detector that `detect.detector` names
+            the files that `pretrain.weights` and `pretrain.init_from` name
     writes  data/index/slides.csv      its files by name, length and time
             data/index/detector.json   the detector, its libraries' versions, its weights' digest
+            data/index/weights.json    what pretraining begins with, by digest
 
 It runs at every `dvc repro`, in a fraction of a second, so that DVC sees a slide that was added,
 removed or replaced without reading terabytes, and weights or a library that changed: weights are
@@ -18,25 +20,28 @@ import logging
 import os
 from pathlib import Path
 
-from stages.common import cohort, params, plugins, run
+from stages.common import cohort, digests, params, plugins, run
 
 logger = logging.getLogger(__name__)
 
 
 ENCODERS = ("pretrained", "untrained")  # what pretrain leaves in data/pretrain
+BEGINNINGS = ("weights", "init_from")  # keys of pretrain
+NO_FILE = ("", "none", "timm")
 
 
 def main(target: Path = Path("data/index")) -> None:
     """Check the names in params.yaml, list the folder's files and identify the detector.
 
     Raises:
-        FileNotFoundError: the detector's weights are missing.
+        FileNotFoundError: the detector's weights are missing, or those to begin with.
         ImportError: the detector's library is missing.
         ValueError: params.yaml names a plug-in or encoder that does not exist.
     """
     _check_names()
     _list_slides(target / "slides.csv")
     _identify_detector(target / "detector.json")
+    _identify_weights(target / "weights.json")
 
 
 def _list_slides(target: Path) -> None:
@@ -68,6 +73,29 @@ def _identify_detector(target: Path) -> None:
     with run.atomic(target) as temporary:
         text = json.dumps({"detector": name, "version": version}, indent=2) + "\n"
         temporary.write_text(text, encoding="utf-8")
+
+
+def _identify_weights(target: Path) -> None:
+    """Digest what pretraining begins with; what was written of an absent file stays."""
+    settings = params.section_of("pretrain")
+    before = json.loads(target.read_text("utf-8")) if target.is_file() else {}
+    found = {}
+    for key in BEGINNINGS:
+        name = str(settings.get(key) or "")
+        place, known = cohort.locate(name), before.get(key, {})
+        files = [] if name in NO_FILE else sorted(_files(place)) if place.is_dir() else [place]
+        if all(file.is_file() for file in files):
+            found[key] = {"name": name, "digest": digests.digest_of(files) if files else ""}
+        elif known.get("name") == name:
+            logger.info("index: no %s here, its digest is kept", name)
+            found[key] = known
+        else:
+            raise FileNotFoundError(
+                f"pretrain.{key} is {name}, and there is no such file: mend the path, or set it "
+                "to one of none, timm"
+            )
+    with run.atomic(target) as temporary:
+        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_names() -> None:

@@ -62,8 +62,8 @@ class Batches:
         if tried == 1:
             raise ValueError(
                 f"one patch of {side_px} px does not fit the memory of {device}, and "
-                "detect.batch_patches cannot be below 1: end what else runs on it, lower "
-                "tile.patch_px, or set the detector's device to cpu"
+                "detect.batch_patches cannot be below 1: end what else runs on it, set the "
+                "detector's device to cpu, or, where patches come from tile, lower tile.patch_px"
             )
         self._failed = self._failed or tried
         self._batch = tried // 2

@@ -99,3 +99,44 @@ def test_detect_runs_when_the_identity_changes():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert "data/index/detector.json" in stages["detect"]["deps"]
     assert "data/index" not in stages["cohort"]["deps"]  # or other weights would check all slides
+
+
+def begin(**changes: str) -> dict[str, dict[str, str]]:
+    """What DVC sees of the weights that pretraining begins with."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["pretrain"] |= changes
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    index.main()
+    return json.loads(Path("data/index/weights.json").read_text())
+
+
+def test_weights_to_begin_with_are_seen_when_they_change(caplog):
+    caplog.set_level("INFO")
+    assert begin() == {
+        "weights": {"name": "none", "digest": ""},
+        "init_from": {"name": "", "digest": ""},
+    }
+    Path("net.safetensors").write_bytes(b"one")
+    first = begin(weights="net.safetensors")
+    Path("net.safetensors").write_bytes(b"two")
+    assert begin(weights="net.safetensors")["weights"]["digest"] != first["weights"]["digest"]
+    Path("net.safetensors").unlink()
+    assert begin(weights="net.safetensors") != first and "its digest is kept" in caplog.text
+    with pytest.raises(FileNotFoundError, match="pretrain.weights is other.safetensors"):
+        begin(weights="other.safetensors")
+
+
+def test_an_encoder_to_begin_with_is_seen_when_it_changes():
+    Path("mine").mkdir()
+    Path("mine/encoder.safetensors").write_bytes(b"one")
+    Path("mine/encoder.json").write_text("{}")
+    first = begin(init_from="mine")
+    assert begin(init_from="mine") == first
+    Path("mine/encoder.json").write_text("{ }")
+    assert begin(init_from="mine") != first
+
+
+def test_pretrain_runs_when_those_weights_change():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert "data/index/weights.json" in stages["pretrain"]["deps"]
+    assert {"pretrain.weights", "pretrain.init_from"} <= set(stages["index"]["params"])
