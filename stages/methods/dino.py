@@ -58,8 +58,9 @@ class Params:
         require("dino", "prototypes", self.prototypes, 2, math.inf)
         for name in ("hidden_dim", "bottleneck_dim"):
             require("dino", name, getattr(self, name), 1, math.inf)
-        for name in ("teacher_temperature_start", "teacher_temperature"):
+        for name in ("student_temperature", "teacher_temperature_start", "teacher_temperature"):
             require("dino", name, getattr(self, name), 1e-6, math.inf)
+        require("dino", "center_momentum", self.center_momentum, 0, 0.9999)  # 1 would never learn
         for name in ("momentum", "teacher_temperature_warmup", "freeze_prototypes"):
             require("dino", name, getattr(self, name), 0, 1)
         for name in ("local_views", "koleo_weight"):

@@ -250,6 +250,8 @@ def test_schedules_by_hand():
         ("momentum", 1.5),
         ("teacher_temperature", 0.0),
         ("teacher_temperature_warmup", -0.1),
+        ("student_temperature", 0.0),
+        ("center_momentum", 1.0),
     ],
 )
 def test_rejects_what_no_run_can_have(name, value):
