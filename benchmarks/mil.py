@@ -213,6 +213,7 @@ def settings_of(head: str, profile: Path) -> Any:
 
 def trained(settings: Any, epochs: int, batch: int) -> Any:
     changes = {"epochs": epochs, "patience": epochs, "batch": batch, "balanced": False}
+    changes |= {"warmup_epochs": 0.0}  # which may not be as long as so short a fit
     return dataclasses.replace(settings, training=dataclasses.replace(settings.training, **changes))
 
 
