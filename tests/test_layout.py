@@ -19,6 +19,7 @@ DOORS = {
     "timm": {"stages/common/architectures.py", "stages/heads/_optimizers.py"},
     "peft": {"stages/common/lora.py"},
     "yaml": {"stages/common/params.py"},
+    "h5py": {"stages/common/interop.py"},
     "distributed": {"stages/common/perslide.py"},
     "dask": {"stages/common/perslide.py"},
     "dvc": set(),
