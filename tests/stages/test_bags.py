@@ -198,7 +198,7 @@ def test_rejects_files_that_do_not_match_the_cohort(lab, foreign):
     rejected(lab, foreign, "val-0 has two files")
     for name in ("val-0.pt", "val-0.h5", "test-1.h5"):
         (foreign / name).unlink()
-    rejected(lab, foreign, "2 of 30 slides .*: test-1, val-0;")
+    rejected(lab, foreign, "2 of 30 slides .*: val-0, test-1;")
     rejected(lab, foreign / "absent", "no folder")
 
 
@@ -215,6 +215,7 @@ def test_does_not_write_over_an_encoder_of_the_pipeline_nor_through_links(lab, f
     with pytest.raises(ValueError, match="give another name"):
         bags.import_bags(foreign, "pretrained")
     (tmp_path / "elsewhere").mkdir()
+    (lab.data / "embed").mkdir()
     (lab.data / "embed" / "away").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="written through"):
         bags.import_bags(foreign, "away")
