@@ -1,6 +1,6 @@
 """Stage 0, index: what DVC cannot see by itself: slides, detector, and weights to begin with.
 
-    reads   the folder named in `cohort.folder`, when `cohort.source` is folder
+    reads   the folder that the cohort's source takes its slides from, when it takes them from one
             the weights of the detector that `detect.detector` names
             the files that `pretrain.weights` and `pretrain.init_from` name
     writes  data/index/slides.csv      its files by name, length and time
@@ -46,9 +46,9 @@ def main(target: Path = Path("data/index")) -> None:
 
 def _list_slides(target: Path) -> None:
     lines = ["path,bytes,mtime_ns"]
-    if params.section_of("cohort")["source"] == "folder":
-        settings = params.section_of("cohort.folder")
-        folder = cohort.locate(str(settings.get("slides")))
+    settings = params.section_of(f"cohort.{params.section_of('cohort')['source']}")
+    if isinstance(settings.get("slides"), str):  # a folder; a source that draws has a number there
+        folder = cohort.locate(settings["slides"])
         labels = cohort.locate(str(settings.get("labels")))
         if not folder.is_dir() and target.is_file():
             logger.info("index: no folder %s here, its list is kept", folder)

@@ -114,7 +114,7 @@ def _row(record: dict[str, str], folder: Path) -> SlideRow:
     slide_id = record.get("slide_id") or relative.stem
     return SlideRow(
         slide_id=slide_id,
-        path=_portable(entry_file(folder / relative)),
+        path=portable(entry_file(folder / relative)),
         label=record["label"],
         patient=record.get("patient") or slide_id,
         split=record.get("split", ""),
@@ -130,7 +130,7 @@ def _mpp(text: str, slide: str) -> str:
         raise ValueError(f"slide {slide} has mpp {text!r}: it must be a number") from None
 
 
-def _portable(path: Path) -> str:
+def portable(path: Path) -> str:
     """Relative to the repository where the file lies inside it, so that results do not move."""
     home = cache.repository().resolve()
     whole = path.absolute()

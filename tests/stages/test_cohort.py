@@ -195,7 +195,7 @@ def test_every_problem_is_told_at_once():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"source": "clinic"}, "no 'clinic' in stages/sources: choose one of folder, synthetic"),
+        ({"source": "clinic"}, "no 'clinic' in stages/sources: choose one of fnac2019, folder"),
         ({"positive": "cancer"}, "cohort.positive is 'cancer': set it to one of benign, malignant"),
         ({"test_share": 1.0}, "cohort.test_share is 1.0: it must be above 0 and below 1"),
         ({"folder": {"slides": "none", "labels": "l.csv"}}, "no folder none"),
