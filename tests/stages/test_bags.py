@@ -13,6 +13,7 @@ import torch
 from stages import bags, evaluate
 from stages.common import interop, stores
 from tests.stages.evaluated import Laboratory, embedding_of, figures
+from tests.test_pipeline import Repository, copy_tree, set_params
 
 SIDE = {"patch_size": 256, "patch_size_level0": 512}
 
@@ -312,3 +313,26 @@ def test_the_command_names_its_two_forms(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bags", "exprot", "a", "b"])
     with pytest.raises(ValueError, match="give export <encoder> <folder>, or import"):
         bags.command()
+
+
+@pytest.mark.slow
+def test_dvc_evaluates_and_compares_imported_bags_by_single_item(lab, foreign, tmp_path):
+    """As README says; and a whole `dvc repro` stops before it deletes them."""
+    repository = Repository(tmp_path)
+    copy_tree(tmp_path)
+    lab.write_bags()
+    (lab.data / "embed" / "enc").rename(lab.data / "embed" / "untrained")
+    bags.import_bags(foreign, "uni")
+    set_params(
+        tmp_path,
+        {
+            "embed.encoders": ["untrained", "uni"],
+            "evaluate.heads": ["meanpool"],
+            "compare.reference": "untrained",
+        },
+    )
+    repository.run("git", "init", "-q")
+    repository.run("dvc", "repro", "--single-item", "evaluate", "compare")
+    assert "| uni |" in (lab.data / "compare" / "table1.md").read_text()
+    assert "names 'uni'" in repository.run("dvc", "repro", fails=True)
+    np.testing.assert_array_equal(bag_of(lab, "val-0").embedding, embedding_of(lab.rows[14]))
