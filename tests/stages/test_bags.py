@@ -285,6 +285,22 @@ def test_a_pickle_that_would_run_code_does_not(lab, foreign, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(2, 5).to_sparse(),
+        torch.ones(2, 5, device="meta"),
+        torch.ones(2, 5, dtype=torch.int8),
+    ],
+    ids=["sparse", "meta", "int8"],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+def test_rejects_tensors_that_hold_no_floating_point_numbers(tmp_path, tensor):
+    torch.save(tensor, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="dense and of floating-point numbers"):
+        interop.survey(tmp_path / "a.pt")
+
+
 def test_sizes_are_refused_before_they_are_read(tmp_path):
     """Files of some kilobytes that would take terabytes."""
     path = tmp_path / "a.h5"
