@@ -7,8 +7,9 @@ it read them (ubc-tea/LESS-WSI, dataset_FANC.py; OpenMIBOOD, its download script
 
 Not established, for want of the article's text and the archive: magnification and microns per
 pixel, so `mpp` has to be set; the licence, so ask the authors; file names and format, so any image
-format and name is taken. No patients are named: every image counts as a patient of its own, and
-images of one patient may be in training and test both, which flatters every score.
+format and name is taken; whether two images are alike: the cohort stage refuses them, then take one
+out and set `subset`. No patients are named: every image counts as a patient of its own, and images
+of one patient may be in training and test both, which flatters every score.
 """
 
 import logging
