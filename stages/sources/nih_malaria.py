@@ -57,10 +57,20 @@ class Params:
 
     slides: str  # the folder that holds the published folders, within the repository or absolute
     collection: Literal["fields", "cells"]  # photographs (the paper's), or cells cut out of them
-    label_of: Literal["image", "patient"]  # what a field is positive for; a cell: always itself
+    label_of: Literal["image", "patient"]  # whose infection makes a field positive; cells: image
     frame_px: int  # cells: side of the black square each is centred on; 0: cells as they are
     mpp: float  # microns per pixel; 0: not set, and none is published
     subset: bool  # take fewer images or patients than are published
+
+    def __post_init__(self) -> None:
+        """Refuse what the collection makes nothing of."""
+        if self.frame_px < 0 or (self.frame_px and self.collection == "fields"):
+            raise ValueError(
+                f"{SECTION}.frame_px is {self.frame_px}: it must be 0 with fields, and 0 or more "
+                "with cells"
+            )
+        if self.label_of == "patient" and self.collection == "cells":
+            raise ValueError(f"{SECTION}.label_of is patient: a cell has its own label, set image")
 
 
 def build(params: Params, seed: int, target: Path) -> list[SlideRow]:

@@ -70,6 +70,7 @@ def fnac(monkeypatch) -> Path:
         name, number = ("B", at + 1) if at < 5 else ("M", at - 4)  # numbered alike, as folders are
         paint(Path("fnac") / name / f"{name} ({number}).png", at)
     Path("fnac/B/Thumbs.db").write_bytes(b"no image")
+    Path("fnac/B/._B (1).png").write_bytes(b"what macOS leaves on foreign disks")
     return Path("fnac")
 
 
@@ -313,6 +314,25 @@ def test_framed_cells_lie_whole_in_the_middle_of_black(cells):
     assert framed.astype(int).sum() == cell.astype(int).sum()  # all else is black
 
 
+def test_frames_of_an_earlier_run_are_gone(cells):
+    first = listed("nih_malaria", CELLS)
+    Path(first[0].path).with_name("stale.png").touch()
+    assert listed("nih_malaria", CELLS) == first
+    assert len([file for file in Path("data/cohort/slides").rglob("*") if file.is_file()]) == 16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frame_px": 61, "collection": "fields"}, "frame_px is 61: it must be 0 with fields"),
+        ({"frame_px": -1}, "frame_px is -1: it must be 0 with fields, and 0 or more with cells"),
+        ({"label_of": "patient"}, "label_of is patient: a cell has its own label, set image"),
+    ],
+)
+def test_params_that_the_collection_has_no_use_for_are_refused(changes, message):
+    refused("nih_malaria", {**CELLS, **changes}, message)
+
+
 def test_a_frame_too_small_and_a_damaged_cell_are_told(cells):
     file = sorted((cells / "Uninfected").iterdir())[0]
     file.write_bytes(file.read_bytes()[:200])
@@ -356,7 +376,7 @@ def test_the_index_lists_these_folders_and_sees_a_change(fnac, thin):
     use("fnac2019", FNAC, "malignant")
     index.main()
     before = Path("data/index/slides.csv").read_text()
-    assert before.count(".png") == 12
+    assert before.count("B/B (") == 5 and before.count("M/M (") == 7
     paint(fnac / "M" / "M (1).png", 77)
     index.main()
     assert Path("data/index/slides.csv").read_text() != before
