@@ -34,7 +34,7 @@ class Params:
     """The section `cohort.fnac2019`."""
 
     slides: str  # the folder that holds B and M, within the repository or absolute
-    mpp: float  # microns per pixel; 0: not set, and none is published
+    mpp: float  # microns per pixel; 0: not set, and no published value is known
     subset: bool  # take fewer images than are published
 
 
@@ -47,7 +47,7 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
     """
     home = _published.home_of(SECTION, params.slides, DOWNLOAD)
     folders = _published.folders_of(SECTION, home, LABELS)
-    _published.check_mpp(SECTION, params.mpp, "none is published")
+    _published.check_mpp(SECTION, params.mpp, "no published value is known")
     images = {name: _published.images_of(folder) for name, folder in folders.items()}
     found = {name: len(files) for name, files in images.items()}
     problems = _published.miscounted(SECTION, found, COUNTS, "images", params.subset)

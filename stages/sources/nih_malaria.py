@@ -11,13 +11,13 @@ and the layout are NLM's ReadMe and workbook as public programs that read the re
 no two alike and none damaged. They were cut from the same photographs: 192 patients are in both.
 
 A field is positive when an expert marked a parasitized cell in it (`label_of: image`) or in any
-field of its patient (`patient`). The paper does not say which it means. Its recalls are multiples
-of 1/171 and its accuracies of 1/240, and 171 is no multiple of the five fields a patient has.
+field of its patient (`patient`). The paper does not say which it means. Most of its recalls and
+accuracies fit 171 positives among 240 images, and 171 is no multiple of a patient's five fields.
 
 A patient is the number after C: `142C38P3thinF_original` and `C38P3thinF_original` are C38. So
 counted the cells have 200 patients, as published; by the whole name there are 201, and the fields
 192 by number, since C47P8 was photographed through two microscopes. Two names must not be two
-sides of a split. 100x objective, a phone at the eyepiece: no microns per pixel are published.
+sides of a split. 100x objective, a phone at the eyepiece; no published microns per pixel were found.
 Licence: the fields' is in the release (Data License Agreement), not read here.
 """
 
@@ -59,7 +59,7 @@ class Params:
     collection: Literal["fields", "cells"]  # photographs (the paper's), or cells cut out of them
     label_of: Literal["image", "patient"]  # whose infection makes a field positive; cells: image
     frame_px: int  # cells: side of the black square each is centred on; 0: cells as they are
-    mpp: float  # microns per pixel; 0: not set, and none is published
+    mpp: float  # microns per pixel; 0: not set, and no published value is known
     subset: bool  # take fewer images or patients than are published
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
     name = "NIH-NLM-ThinBloodSmearsPf" if fields else "cell_images.zip"
     home = _published.home_of(SECTION, params.slides, DOWNLOAD.format(name))
     folders = _published.folders_of(SECTION, home, _sets(home, params) if fields else CELLS)
-    _published.check_mpp(SECTION, params.mpp, "none is published")
+    _published.check_mpp(SECTION, params.mpp, "no published value is known")
     return _fields(folders, params) if fields else _cells(folders, params, target)
 
 

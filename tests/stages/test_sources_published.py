@@ -114,7 +114,9 @@ def test_resized_images_are_refused_and_turned_ones_taken(fnac):
 
 @pytest.mark.parametrize(("source", "settings"), [("fnac2019", FNAC), ("nih_malaria", FIELDS)])
 def test_an_mpp_that_is_not_set_is_asked_for(fnac, thin, source, settings):
-    message = rf"cohort.{source}.mpp is 0 and none is published: measure the microns per pixel"
+    message = (
+        rf"cohort.{source}.mpp is 0 and no published value is known: measure the microns per pixel"
+    )
     refused(source, {**settings, "mpp": 0.0}, message)
 
 
