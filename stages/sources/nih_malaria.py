@@ -17,7 +17,7 @@ accuracies fit 171 positives among 240 images, and 171 is no multiple of a patie
 A patient is the number after C: `142C38P3thinF_original` and `C38P3thinF_original` are C38. So
 counted the cells have 200 patients, as published; by the whole name there are 201, and the fields
 192 by number, since C47P8 was photographed through two microscopes. Two names must not be two
-sides of a split. 100x objective, a phone at the eyepiece; no published microns per pixel were found.
+sides of a split. 100x objective, a phone at the eyepiece; microns per pixel were not found.
 Licence: the fields' is in the release (Data License Agreement), not read here.
 """
 
