@@ -1,6 +1,7 @@
 """Stage 5, pretrain: teach an encoder to know a patch again from other views of it.
 
     reads   data/perturb/<slide>/views.zarr   perturbed patches and their retained nuclei
+            data/cohort/cohort.csv            which slides train
     writes  data/pretrain/pretrained          the encoder (layout: stages/common/encoders.py)
             data/pretrain/untrained           the same network before step 1
             data/pretrain/metrics.json        loss and health at the end
@@ -33,6 +34,7 @@ from stages.common import (
     optimizer,
     params,
     plugins,
+    preflight,
     ranks,
     run,
     sheet,
@@ -42,6 +44,7 @@ from stages.common import (
 )
 from stages.common.chance import keys_of
 from stages.common.journal import Journal
+from stages.common.paired import PairedViews
 from stages.common.ranks import Ranks
 from stages.common.spec import EncoderSpec
 from stages.common.training import Plan, PretrainParams
@@ -69,8 +72,8 @@ def main(
         FileNotFoundError: the perturb stage has not run.
         ValueError: settings and views do not go together, or training diverged.
     """
-    views = ViewSet(data / "perturb", data / "tile")
-    training.check_batch(settings, len(views), group.count)
+    views = _view_set(data, settings, group)
+    preflight.check_batch(settings, len(views), group.count)
     spec = backbones.describe(settings, top, views.patch_px, views.mpp)
     run.seed_everything(top.seed)
     method = _method(spec, settings, of_method, group)
@@ -97,14 +100,21 @@ def main(
         card.write(target / "pretrained", counted, summary)
 
 
+def _view_set(data: Path, settings: PretrainParams, group: Ranks) -> ViewSet:
+    if getattr(plugins.load("methods", settings.method), "PAIRED", False):
+        preflight.check_pairs(settings, group.count)
+        return PairedViews(data)
+    return ViewSet(data / "perturb", data / "tile", preflight.slides_of(settings, data / "cohort"))
+
+
 def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: Ranks) -> Method:
     encoder = group.with_norms(backbones.prepare(spec, settings))
-    training.check_encoder(settings, encoder)
+    preflight.check_encoder(settings, encoder)
     if settings.gradient_checkpointing:
         encoder.set_grad_checkpointing()
     build = plugins.load("methods", settings.method).build
     method = build(encoder, of_method, spec.image_px).to(group.device).train()
-    training.check_views(settings, method.view_policies)
+    preflight.check_views(settings, method.view_policies)
     if settings.compile:
         for module in method.modules():
             if isinstance(module, type(encoder)):  # the teacher's, too
@@ -185,7 +195,7 @@ def _probe(data: Path, plan: Plan, group: Ranks) -> Probe | None:
 def _batches(data: ViewSet, plan: Plan, first: int, group: Ranks) -> Iterator[Batch]:
     """This rank's patches from step number `first` on: a batch for each pass of each step."""
     settings = plan.settings
-    rows = viewset.rows_of(len(data), settings.batch, plan.seed, range(first, plan.total))
+    rows = viewset.rows_of(data, settings.batch, plan.seed, range(first, plan.total))
     shares = (share for step in rows for share in group.share(step, settings.accumulate))
     pinned = group.device.type == "cuda"
     return iter(viewset.loader(data, shares, settings.workers, pinned))
@@ -214,7 +224,7 @@ def _views(
 
 
 def _draw_views(path: Path, method: Method, data: ViewSet, plan: Plan, group: Ranks) -> None:
-    first = next(viewset.rows_of(len(data), plan.settings.batch, plan.seed, range(1)))[:SHEET_ROWS]
+    first = next(viewset.rows_of(data, plan.settings.batch, plan.seed, range(1)))[:SHEET_ROWS]
     batch = viewset.collate([data[row] for row in first])
     keys = keys_of(plan.seed, 0, batch.rows)
     views = _views(method, data, batch, keys, plan.spec, group.device)

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from cytossl_core.attention import with_sr_attention
+from cytossl_core.cnn import PatchCNN
 from stages.common.spec import EncoderSpec
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -31,6 +32,7 @@ PUBLISHED = {
         "mlp_ratio": 5.33334,
     }
 }
+CNNS = {"vpu_cnn_384": 384, "vpu_cnn_768": 768}  # LESS's, by the length of an embedding
 GIGAPATH_TERMS = (
     "Prov-GigaPath's own terms: for research, not for clinical use "
     "(https://huggingface.co/prov-gigapath/prov-gigapath)"
@@ -45,11 +47,13 @@ def has_tokens(architecture: str) -> bool:
     """
     name = architecture.partition(".")[0]
     vits, resnets = (timm.list_models(module=it) for it in ("vision_transformer", "resnet"))
+    if architecture in CNNS:
+        return False
     if name not in [*vits, *resnets, *PUBLISHED]:
         near = difflib.get_close_matches(name, [*vits, *resnets], 3) or ["vit_tiny_patch16_224"]
         raise ValueError(
             f"{architecture!r} is no vision transformer or ResNet of timm: take for example "
-            f"{', '.join(near)}, or {GIGAPATH}"
+            f"{', '.join(near)}, {GIGAPATH}, or {', '.join(CNNS)}"
         )
     if name != architecture:
         _check_tag(architecture, name)
@@ -66,7 +70,7 @@ def _check_tag(architecture: str, name: str) -> None:
 
 
 def arguments(spec: EncoderSpec) -> dict[str, Any]:
-    """What timm.create_model is called with.
+    """What timm.create_model is called with; of a CNN of ours what PatchCNN is.
 
     Raises:
         ValueError: the architecture is unknown, or does not go with the spec's other settings.
@@ -74,6 +78,8 @@ def arguments(spec: EncoderSpec) -> dict[str, Any]:
     made = PUBLISHED.get(spec.architecture, {"model_name": spec.architecture})
     if not has_tokens(spec.architecture):
         _check_without_tokens(spec)
+        if spec.architecture in CNNS:
+            return {"dim": CNNS[spec.architecture], "image_px": spec.image_px}
         return {**made, "num_classes": 0, "global_pool": "avg"}
     if spec.token_px < 1 or spec.image_px % spec.token_px:
         raise ValueError(
@@ -117,6 +123,8 @@ def build(spec: EncoderSpec, drop_path: float = 0.0, empty: bool = False) -> nn.
         ValueError: timm knows no such architecture, or the spec's settings do not go together.
     """
     made, swap = arguments(spec), attention(spec)
+    if spec.architecture in CNNS:
+        return PatchCNN(**made)
     try:
         with torch.device("meta" if empty and swap else "cpu"):
             model = timm.create_model(**made, drop_path_rate=drop_path)

@@ -28,6 +28,15 @@ from safetensors.torch import load_file
 made = json.loads(Path("encoder.json").read_text())
 encoder = timm.create_model(**made["timm"])
 encoder.load_state_dict(load_file("encoder.safetensors"))"""
+LOAD_CNN = """\
+import json
+from pathlib import Path
+from cytossl_core.cnn import PatchCNN
+from safetensors.torch import load_file
+
+made = json.loads(Path("encoder.json").read_text())
+encoder = PatchCNN(**made["timm"])
+encoder.load_state_dict(load_file("encoder.safetensors"))"""
 MERGE = """\
 # the folder holds adapters: merge them into the base weights once
 # python -m stages.export <this folder> <new folder>
@@ -57,7 +66,7 @@ No name of a slide or a patient is part of this folder; the digest tells data se
 
 They were measured while training, on the training data: they say that training went well, and not
 how good a diagnosis is. That is measured by `evaluate`, on slides of patients whose labels no head
-has seen; pixels of all slides of the cohort, test slides too, are in the training data.
+has seen. In the training data are pixels of the slides of the cohort's splits named above.
 
 ## Intended use
 
@@ -131,7 +140,7 @@ def _what(spec: EncoderSpec) -> dict[str, Any]:
 def _how(base: Base, made: Mapping[str, Any]) -> dict[str, Any]:
     begun = {"none": "random numbers", "timm": "weights released through timm"}
     known = made.get("params", {}).get("pretrain", {})
-    names = ("epochs", "batch", "optimizer", "learning_rate", "weight_decay", "autocast")
+    names = ("splits", "epochs", "batch", "optimizer", "learning_rate", "weight_decay", "autocast")
     return {
         "method": made.get("method", "not stated"),
         "began with": begun.get(base.weights, f"the weights of {PurePath(base.weights).name}"),
@@ -156,4 +165,5 @@ def _three(values: tuple[float, ...]) -> str:
 
 def _load(described: Mapping[str, Any]) -> str:
     lines = LOAD if described["sr_attention"] else LOAD_PLAIN
+    lines = LOAD_CNN if "dim" in described["timm"] else lines
     return MERGE + lines if described["spec"].lora else lines

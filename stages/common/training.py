@@ -10,12 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.amp import GradScaler
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from stages.common import backbones, cache, fingerprint, optimizer, params
 from stages.common.schedules import cosine, warmup_cosine
 from stages.common.spec import EncoderSpec, LoraParams
-from stages.common.views import ViewPolicy
 from stages.common.watch import WatchParams
 
 # Settings that change how a run goes about it and not what comes out.
@@ -32,6 +30,7 @@ class PretrainParams:
     backbone: str  # timm's name of a vision transformer (paper: vit_tiny_patch16_224) or ResNet
     weights: str  # it begins with: none (random), timm (released), or a safetensors file's path
     init_from: str  # or with an encoder of this project: its folder; empty: with weights
+    splits: tuple[Literal["train", "val", "test"], ...]  # of cohort.csv: whose patches train
     adapter: Literal["none", "lora"]  # lora: those stay, adapters beside them are trained
     lora: LoraParams
     token_px: int  # side of a token; 0: a backbone without tokens
@@ -72,6 +71,7 @@ class PretrainParams:
         self._require("final_learning_rate", self.final_learning_rate >= 0, "0 or more")
         self._require("drop_path", 0 <= self.drop_path < 1, "from 0 to below 1")
         self._require("warmup_epochs", self.warmup_epochs >= 0, "0 or more")
+        self._require("splits", len(self.splits) > 0, "one or more of train, val, test")
         whole = self.global_px >= 1 and self.global_px % max(self.token_px, 1) == 0
         self._require("global_px", whole, f"a multiple of token_px, {self.token_px}")
 
@@ -120,55 +120,6 @@ def rates(settings: PretrainParams, progress: float) -> dict[str, float]:
     rate = warmup_cosine(peak, settings.final_learning_rate, warmup, progress)
     decay = cosine(settings.weight_decay, settings.final_weight_decay, progress)
     return {"learning_rate": rate, "weight_decay": decay}
-
-
-def check_views(settings: PretrainParams, policies: list[ViewPolicy]) -> None:
-    """Refuse views that tokens do not fill.
-
-    Raises:
-        ValueError: see above.
-    """
-    for policy in policies:
-        if policy.views and policy.crop_px % max(settings.token_px, 1):
-            raise ValueError(
-                f"params.yaml: pretrain.{settings.method} asks for views of {policy.crop_px} px: "
-                f"they must be a multiple of pretrain.token_px, {settings.token_px}"
-            )
-
-
-def check_encoder(settings: PretrainParams, encoder: nn.Module) -> None:
-    """Refuse what would count a batch norm's statistics twice.
-
-    Raises:
-        ValueError: see above.
-    """
-    norms = any(isinstance(one, _BatchNorm) for one in encoder.modules())
-    if settings.gradient_checkpointing and norms:
-        raise ValueError(
-            f"params.yaml: pretrain.gradient_checkpointing is true: {settings.backbone} has batch "
-            "norms, whose running statistics would move twice a step; set it to false and raise "
-            "pretrain.accumulate"
-        )
-
-
-def check_batch(settings: PretrainParams, views: int, devices: int) -> None:
-    """Refuse a batch that the views cannot fill, or that cannot be dealt out evenly.
-
-    Raises:
-        ValueError: see above.
-    """
-    if views < settings.batch:
-        raise ValueError(
-            f"params.yaml: pretrain.batch is {settings.batch}: the perturb stage made {views} "
-            "views and a batch must not be larger; lower it or add patches (tile)"
-        )
-    shares = devices * settings.accumulate
-    if settings.batch % shares:
-        near = max(round(settings.batch / shares), 1) * shares
-        raise ValueError(
-            f"params.yaml: pretrain.batch is {settings.batch}: it must be a multiple of {shares}, "
-            f"{devices} processes x {settings.accumulate} passes (accumulate), for example {near}"
-        )
 
 
 def provenance(

@@ -39,6 +39,7 @@ class ViewSet(Dataset[Sample]):
     Args:
         source: Folder of the perturb stage.
         tiles: Folder of the tile stage, whose patches recipes (`perturb.store`) are made from.
+        slides: Ids of those to take; None: all.
 
     Raises:
         FileNotFoundError: a stage has not run.
@@ -46,10 +47,12 @@ class ViewSet(Dataset[Sample]):
             recipe are not those that it was written for.
     """
 
-    def __init__(self, source: Path, tiles: Path) -> None:
+    def __init__(self, source: Path, tiles: Path, slides: set[str] | None = None) -> None:
         folders = sorted(path for path in source.glob("*") if path.is_dir())
+        folders = [path for path in folders if slides is None or path.name in slides]
         if not folders:
             raise FileNotFoundError(f"no slides in {source}: run `dvc repro perturb`")
+        self.slide_ids = [folder.name for folder in folders]
         inputs = [f"{folder.name} {cache.content(folder)}" for folder in folders]
         self.digest = hashlib.sha256("\n".join(inputs).encode()).hexdigest()
         self.stores = [open_slide(folder, tiles / folder.name) for folder in folders]
@@ -76,6 +79,10 @@ class ViewSet(Dataset[Sample]):
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    def order(self, seed: int, epoch: int) -> Int64[np.ndarray, " row"]:
+        """The order of one epoch, from nothing but seed and epoch."""
+        return np.random.default_rng([seed % 2**64, epoch]).permutation(len(self))
 
     def __getitem__(self, row: int) -> Sample:
         """Pixels and retained nuclei of patch number `row`, the number, and a shuffle's seed."""
@@ -124,19 +131,14 @@ def loader(
     )
 
 
-def rows_of(count: int, batch: int, seed: int, steps: range) -> Iterator[list[int]]:
+def rows_of(data: ViewSet, batch: int, seed: int, steps: range) -> Iterator[list[int]]:
     """Patch numbers of each step: all patches in a new order every epoch, an odd rest left out."""
     order, epoch_of_order = np.empty(0, np.int64), -1
     for step in steps:
-        epoch, at = divmod(step, count // batch)
+        epoch, at = divmod(step, len(data) // batch)
         if epoch != epoch_of_order:
-            order, epoch_of_order = epoch_order(count, seed, epoch), epoch
+            order, epoch_of_order = data.order(seed, epoch), epoch
         yield order[at * batch : (at + 1) * batch].tolist()
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> Int64[np.ndarray, " count"]:
-    """The order of one epoch, from nothing but seed and epoch."""
-    return np.random.default_rng([seed % 2**64, epoch]).permutation(count)
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -83,12 +83,16 @@ def draw(path, name="test_vit", **arguments):
         ("vit_large_patch14_dinov2", 518, 14, 304_368_640 - 1024),
         ("vit_large_patch14_reg4_dinov2.lvd142m", 518, 14, 304_371_712 - 1024),
         (architectures.GIGAPATH, 224, 16, 1_134_953_984),
+        ("vpu_cnn_384", 128, 0, 1_109_362),  # LESS: 1.1 and 3.4 million
+        ("vpu_cnn_768", 256, 0, 3_413_746),
     ],
 )
 def test_has_as_many_weights_as_published(monkeypatch, architecture, px, token_px, count):
     monkeypatch.undo()  # Prov-GigaPath in full; on the meta device it costs nothing
     spec = dataclasses.replace(begin()[0], architecture=architecture)
-    spec = dataclasses.replace(spec, image_px=px, token_px=token_px, irpe="none")
+    spec = dataclasses.replace(
+        spec, image_px=px, token_px=token_px, irpe="none", sparse_topk=3 if token_px else 0
+    )
     model = encoders.build(spec, empty=True)
     assert sum(value.numel() for value in model.parameters()) == count
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stages.common import optimizer, training
+from stages.common import optimizer, preflight, training
 from tests.stages.runs import changed
 
 
@@ -78,6 +78,6 @@ def test_rejects_settings_with_which_nothing_trains(values, message):
 
 def test_rejects_recomputing_batch_statistics():
     settings = changed(gradient_checkpointing=True)
-    training.check_encoder(settings, torch.nn.Linear(2, 2))
+    preflight.check_encoder(settings, torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="gradient_checkpointing is true: .* has batch norms"):
-        training.check_encoder(settings, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+        preflight.check_encoder(settings, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))

@@ -30,6 +30,7 @@ SETTINGS = pretrain.PretrainParams(
     backbone="test_vit",
     weights="none",
     init_from="",
+    splits=("train", "val", "test"),
     adapter="none",
     lora=LoraParams(rank=2, alpha=4.0, dropout=0.0),
     token_px=8,
