@@ -1,7 +1,9 @@
 """Stage 9, compare: Table 1, and every encoder against the others under each head.
 
     reads   data/cohort, data/split, data/evaluate
-    writes  data/compare  comparisons.csv, table1.md, table1.csv, table1.png, metrics.json
+    writes  data/compare  comparisons.csv, table1.md, table1.csv, table1.png, metrics.json,
+                          and for `dvc metrics` and `dvc plots` cells/ (metrics.json of each cell),
+                          roc.csv, pr.csv, calibration.csv (all cells), confusion/ (each cell)
 
 Run it with `dvc repro compare`; its settings are the `compare` section of params.yaml. Nothing is
 trained or chosen here: the numbers come from the predictions and metrics of evaluate.
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stages.common import cohort, comparisons, params, run, scores, table1
+from stages.common import cohort, comparisons, curves, params, run, scores, table1
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ COUNTED = {
     "split": "splits",
     "seed": "seeds",
 }
+CURVES = ("roc", "pr", "calibration")
 Cells = dict[tuple[str, str], Path]  # the folder of each (encoder, head)
 
 
@@ -51,16 +54,18 @@ def main(
 
     Raises:
         FileNotFoundError: the split or a cell is missing; the message names its stage.
-        ValueError: encoders were scored on different slides or by different protocols.
+        ValueError: a cell was fitted on other splits than data/split has.
     """
     settings = params.load(CompareParams, "compare", settings_file)
     seed = params.load(params.Top, path=settings_file).seed
     cells = cells_of(data / "evaluate", settings_file)
+    split = _read_json(data / "split" / "splits.json", "split")
+    for folder in cells.values():
+        _check_split(folder, split)
     metrics = {
         cell: _read_json(folder / "metrics.json", "evaluate") for cell, folder in cells.items()
     }
     table = table1.rows_of(metrics)
-    split = _read_json(data / "split" / "splits.json", "split")
     caption = caption_of(split, metrics)
     _write_table(target, table, caption)
     classes = len(cohort.read_classes(data / "cohort"))
@@ -71,6 +76,7 @@ def main(
     with run.atomic(target / "comparisons.csv") as temporary:
         found.to_csv(temporary, index=False, lineterminator="\n")
     run.write_metrics(target / "metrics.json", summary(table, found, table1.prefix_of(metrics)))
+    gather(cells, target)
 
 
 def cells_of(folder: Path, settings_file: Path) -> Cells:
@@ -80,6 +86,38 @@ def cells_of(folder: Path, settings_file: Path) -> Cells:
         for section, key in (("embed", "encoders"), ("evaluate", "heads"))
     )
     return {(encoder, head): folder / encoder / head for head in heads for encoder in encoders}
+
+
+def gather(cells: Cells, target: Path) -> None:
+    """One file of every kind of curve for all cells, so that dvc.yaml names no encoder or head."""
+    for name in CURVES:
+        tables = [
+            _curve(_need(folder / f"{name}.csv", "evaluate")).assign(cell=f"{head} {encoder}")
+            for (encoder, head), folder in cells.items()
+        ]
+        with run.atomic(target / f"{name}.csv") as temporary:
+            pd.concat(tables).to_csv(temporary, index=False, lineterminator="\n")
+    for (encoder, head), folder in cells.items():
+        for source, kind in (("metrics.json", "cells"), ("confusion.csv", "confusion")):
+            ending = Path(source).suffix
+            with run.atomic(target / kind / f"{head}-{encoder}{ending}") as temporary:
+                temporary.write_bytes(_need(folder / source, "evaluate").read_bytes())
+
+
+def _curve(file: Path) -> pd.DataFrame:
+    table = pd.read_csv(file)
+    if "scaling" in table:
+        table = table[table.scaling == "after"]
+    return curves.thinned(table)
+
+
+def _check_split(folder: Path, split: dict[str, object]) -> None:
+    of_cell = _read_json(folder / "split.json", "evaluate")
+    if any(of_cell[key] != split[key] for key in ("protocol", "digest")):
+        raise ValueError(
+            f"{folder} was made on other splits (protocol {of_cell['protocol']}) than data/split "
+            f"holds (protocol {split['protocol']}): run `dvc repro evaluate`"
+        )
 
 
 def caption_of(split: dict[str, object], metrics: dict[tuple[str, str], dict[str, float]]) -> str:
@@ -93,8 +131,11 @@ def caption_of(split: dict[str, object], metrics: dict[tuple[str, str], dict[str
     text = (
         f"Table 1. Mean over {splits} and {seeds} of each (protocol {split['protocol']}), on "
         f"{slides} of {patients} [95 % interval over patients, given the trained heads: DeLong for "
-        "AUC, Wilson for shares]. The best of a head's encoders is bold."
+        "AUC (Newcombe where it is 1), bootstrap for balanced accuracy, Wilson for shares]. The "
+        "best of a head's encoders is bold."
     )
+    if any(key.endswith(tuple(table1.SANITY)) for key in first):
+        text += " Rows in parentheses are of the first split alone, means over the encoders."
     return f"{table1.WARNING} {text}" if table1.prefix_of(metrics) else text
 
 

@@ -4,19 +4,23 @@
     writes  data/evaluate/<encoder>/<head>/
               metrics.json         every figure, flat; `stages.common.metrics` names them
               predictions.parquet  slide_id, patient, repeat, fold, split, seed, label,
-                                   probability_<class>, threshold (two classes), temperature
+                                   probability_<class>, threshold (two classes), temperature,
+                                   protocol
               attention.parquet    slide_id, repeat, fold, patch, attention; of test slides, mean
                                    over the seeds
-              roc.csv, pr.csv, calibration.csv, confusion.csv   for `dvc plots`
+              roc.csv, pr.csv, calibration.csv, confusion.csv
+              split.json           protocol, and digest of the splits
 
 Run it with `dvc repro evaluate`; its settings are the `evaluate` section of params.yaml. A fit is
 a split with a seed; fits run in parallel and each is kept, so that a killed run goes on. Epoch,
 strength, threshold and temperature come from validation slides: a fit has no test labels
 (`stages.common.fits.Fit`). Under the protocol paper_optimistic test slides are given as validation
-slides too, as much of the field does, and every figure's name begins with `optimistic_`.
+slides too, the epoch and the threshold with the best accuracy on them are taken, as much of the
+field does, and every figure's name begins with `optimistic_`.
 """
 
 import dataclasses
+import json
 import logging
 import shutil
 import sys
@@ -27,7 +31,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stages.common import bags, cohort, fits, merits, metrics, params, perslide, plugins, run
+from stages.common import (
+    bags,
+    cohort,
+    fits,
+    merits,
+    metrics,
+    params,
+    perslide,
+    plugins,
+    run,
+    sanity,
+)
 from stages.common import splits as made_splits
 from stages.common.fits import PARTS, Fit
 from stages.common.splits import KEYS, OPTIMISTIC, Splits
@@ -35,7 +50,6 @@ from stages.common.splits import KEYS, OPTIMISTIC, Splits
 logger = logging.getLogger(__name__)
 
 PREDICTED = ["slide_id", "patient", *KEYS, "split", "seed", "label"]  # then what the fit says
-PERMUTED, RANDOM = "sanity_permuted_labels_auc", "sanity_random_features_auc"
 
 
 @dataclass(frozen=True)
@@ -78,11 +92,13 @@ def main(
     classes = cohort.read_classes(data / "cohort")
     table = labelled(split, classes)
     plan = plan_of(table, data / "embed" / encoder, head, len(classes), settings_file)
-    sanity = sanity_of(plan, settings, split.protocol) if settings.sanity else {}
+    if split.protocol == OPTIMISTIC:
+        plan = [dataclasses.replace(fit, optimistic=True) for fit in plan]
+    checks = sanity.fits_of(plan, settings.seeds, split.protocol) if settings.sanity else {}
     target = data / "evaluate" / encoder / head
-    everything = [*plan, *(fit for found in sanity.values() for fit in found)]
+    everything = [*plan, *(fit for found in checks.values() for fit in found)]
     _run(everything, _surveyed(plan[0]), target / "fits")
-    write(target, plan, sanity, table, classes, split.protocol)
+    write(target, plan, checks, table, classes, split)
     shutil.rmtree(target / "fits")
 
 
@@ -92,15 +108,8 @@ def labelled(split: Splits, classes: list[str]) -> pd.DataFrame:
     Raises:
         ValueError: a label is no class, or a part lacks a class, or a patient is in two.
     """
-    table = split.table
-    unknown = table[~table.label.isin(classes)]
-    if len(unknown):
-        raise ValueError(
-            f"slide {unknown.slide_id.iloc[0]} has the label {unknown.label.iloc[0]!r} in the "
-            f"splits: the cohort's classes are {', '.join(classes)}; run `dvc repro split`"
-        )
-    optimistic = split.protocol == OPTIMISTIC
-    made_splits.check(table, ("train", "test") if optimistic else PARTS)
+    table, optimistic = split.table, split.protocol == OPTIMISTIC
+    made_splits.check(table, ("train", "test") if optimistic else PARTS, classes)
     if optimistic:
         table = pd.concat([table, table[table.split == "test"].assign(split="val")])
     return table.assign(label=table.label.map(classes.index))
@@ -123,33 +132,6 @@ def plan_of(
             given = (head, chosen, classes, folder.resolve(), slide_ids, labels)
             plan.append(Fit(name, int(repeat), int(fold), seed, *given))
     return plan
-
-
-def sanity_of(plan: list[Fit], settings: EvaluateParams, protocol: str) -> dict[str, list[Fit]]:
-    """The first split's fits again, where there is nothing to learn: an AUC of 0.5 is expected.
-
-    Labels are permuted among the train slides, and among the validation slides unless those are
-    the test slides, whose true labels are what makes the optimistic protocol optimistic.
-    """
-    firsts = plan[: settings.seeds]
-    parts = ("train",) if protocol == OPTIMISTIC else ("train", "val")
-    return {
-        PERMUTED: [
-            dataclasses.replace(
-                fit, name=f"permuted-seed{fit.seed}", labels=fit.labels | _permuted(fit, parts)
-            )
-            for fit in firsts
-        ],
-        RANDOM: [
-            dataclasses.replace(fit, name=f"random-seed{fit.seed}", random_features=True)
-            for fit in firsts
-        ],
-    }
-
-
-def _permuted(fit: Fit, parts: tuple[str, ...]) -> dict[str, list[int]]:
-    rng = np.random.default_rng(fit.seed)
-    return {part: rng.permutation(fit.labels[part]).tolist() for part in parts}
 
 
 def _surveyed(fit: Fit) -> dict[str, str]:
@@ -177,25 +159,31 @@ def _run(plan: list[Fit], digests: dict[str, str], folder: Path) -> None:
 def write(
     target: Path,
     plan: list[Fit],
-    sanity: dict[str, list[Fit]],
+    checks: dict[str, list[Fit]],
     table: pd.DataFrame,
     classes: list[str],
-    protocol: str,
+    split: Splits,
 ) -> None:
     """Score the test slides, for the first time here, and write every file."""
     predictions = _predictions(target / "fits", plan, table)
     figures: dict[str, Any] = metrics.cell(predictions, classes, plan[0].seed)
-    for name, found in sanity.items():
-        figures[name] = _mean_auc(_predictions(target / "fits", found, table), len(classes))
-    prefix = "optimistic_" if protocol == OPTIMISTIC else ""
+    for name, found in checks.items():
+        areas = _areas(_predictions(target / "fits", found, table), len(classes))
+        figures[name] = float(np.mean(areas))
+        if len(areas) > 1:
+            figures[f"{name}_seed_sd"] = float(np.std(areas, ddof=1))
+    prefix = "optimistic_" if split.protocol == OPTIMISTIC else ""
     run.write_metrics(
         target / "metrics.json", {prefix + name: value for name, value in figures.items()}
     )
-    _write_parquet(target / "predictions.parquet", predictions)
+    marked = {"protocol": split.protocol}
+    _write_parquet(target / "predictions.parquet", predictions.assign(**marked))
     _write_parquet(target / "attention.parquet", _attention(target / "fits", plan))
     for name, curve in metrics.curves(predictions, classes).items():
         with run.atomic(target / f"{name}.csv") as temporary:
-            curve.to_csv(temporary, index=False, lineterminator="\n")
+            curve.assign(**marked).to_csv(temporary, index=False, lineterminator="\n")
+    with run.atomic(target / "split.json") as temporary:
+        temporary.write_text(json.dumps({**marked, "digest": split.digest}) + "\n")
     logger.info("%s: %sAUC %.3f over %d fits", target, prefix, figures["auc"], len(plan))
 
 
@@ -207,15 +195,14 @@ def _predictions(folder: Path, plan: list[Fit], table: pd.DataFrame) -> pd.DataF
     return found[PREDICTED + [name for name in found if name not in PREDICTED]]
 
 
-def _mean_auc(predictions: pd.DataFrame, classes: int) -> float:
+def _areas(predictions: pd.DataFrame, classes: int) -> list[float]:
+    """The test AUC of each seed."""
     tests = predictions[predictions.split == "test"]
     columns = [f"probability_{at}" for at in range(classes)]
-    return merits.mean_of(
-        [
-            merits.areas(rows.label.to_numpy(), rows[columns].to_numpy())
-            for _, rows in tests.groupby("seed")
-        ]
-    )["auc"]
+    return [
+        merits.areas(rows.label.to_numpy(), rows[columns].to_numpy())["auc"]
+        for _, rows in tests.groupby("seed")
+    ]
 
 
 def _attention(folder: Path, plan: list[Fit]) -> pd.DataFrame:

@@ -56,7 +56,7 @@ def main(
     else:
         table = splits.holdout(rows, chosen.protocol == splits.OPTIMISTIC)
     parts = ("train", "test") if chosen.protocol == splits.OPTIMISTIC else cohort.SPLITS
-    splits.check(table, parts)
+    splits.check(table, parts, cohort.read_classes(source))
     splits.write(target, table, chosen.protocol)
     logger.info("split: %s, %d splits", chosen.protocol, table.groupby(splits.KEYS).ngroups)
 

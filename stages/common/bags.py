@@ -58,14 +58,20 @@ def read(folder: Path, slide_id: str, scales: int = 1) -> Bag:
 
     Raises:
         FileNotFoundError: the slide has no bag.
-        ValueError: two scales are wanted and the bag has one.
+        ValueError: the bag is damaged, or two scales are wanted and it has one.
     """
     path = folder / slide_id / "bag.zarr"
     if not path.is_dir():
         raise FileNotFoundError(
             f"slide {slide_id} has no bag at {path}: run `dvc repro` for the stage embed"
         )
-    bag = stores.open_bag(path)
+    try:
+        bag = stores.open_bag(path)
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"the bag of slide {slide_id} at {path} cannot be read: {error}; delete that folder "
+            "and run `dvc repro` for the stage embed"
+        ) from None
     if scales == 1:
         return bag.embedding
     if bag.crop is None:

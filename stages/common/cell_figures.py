@@ -4,14 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from stages.common import figures, table1
+from stages.common import curves, figures, table1
 
-POINTS = 150  # of a curve; a page with hundreds of folds must stay small
 TESTS = {"delong": "DeLong's test", "resampled_t": "the corrected resampled t-test over folds"}
 COUNTS = {
     "slides_test": "test slides",
@@ -24,9 +22,11 @@ MORE = {  # columns of the second table
     "auc_seed_sd": "AUC, SD of seeds",
     "auc_split_sd": "AUC, SD of splits",
     "ensemble_auc": "AUC of the seed ensemble",
-    "specificity_at_sensitivity_95": "Specificity at 95 % sensitivity",
+    "specificity_at_sensitivity_95": "Specificity, screening",
+    "recall_at_sensitivity_95": "its recall",
     "majority_accuracy": "Majority class",
     "brier": "Brier",
+    "brier_scaled": "Brier, scaled",
     "ece": "ECE",
     "ece_scaled": "ECE, scaled",
 }
@@ -143,14 +143,14 @@ def _plot(draw: Callable[[Axes, Curves], None], tables: Curves, name: str) -> Ma
 def _draw_roc(axes: Axes, tables: Curves) -> None:
     axes.plot([0, 1], [0, 1], color=figures.INK, alpha=0.3, linewidth=1)
     for at, (encoder, table) in enumerate(tables.items()):
-        thin = thinned(table)
+        thin = curves.thinned(table)
         axes.plot(thin.fpr, thin.tpr, **_style(at), label=encoder)
     axes.set(xlabel="False-positive rate", ylabel="True-positive rate")
 
 
 def _draw_pr(axes: Axes, tables: Curves) -> None:
     for at, (encoder, table) in enumerate(tables.items()):
-        thin = thinned(table)
+        thin = curves.thinned(table)
         axes.plot(thin.recall, thin.precision, **_style(at), label=encoder)
     axes.set(xlabel="Recall", ylabel="Precision")
 
@@ -172,13 +172,6 @@ def _style(at: int) -> dict[str, Any]:
     turn, color = divmod(at, len(figures.COLORS))
     dash = figures.DASHES[turn % len(figures.DASHES)]
     return {"color": figures.COLORS[color], "linestyle": dash, "linewidth": 1.8}
-
-
-def thinned(table: pd.DataFrame) -> pd.DataFrame:
-    """At most POINTS rows, evenly taken, with the first and the last."""
-    if len(table) <= POINTS:
-        return table
-    return table.iloc[np.linspace(0, len(table) - 1, POINTS).round().astype(int)]
 
 
 def _read(path: Path, stage: str) -> pd.DataFrame:

@@ -47,7 +47,8 @@ def table(
         test of the column `test`, p of that test and p_holm, corrected for all rows; the
         difference's bootstrap interval; only_encoder_right and only_other_right (slides);
         p_<test> and p_<test>_holm of every test there is. A p is NaN (an empty cell) where one
-        patient of a class leaves DeLong's variance unknown.
+        patient of a class leaves DeLong's variance unknown; so are the ends of a difference without
+        spread, as of two encoders that order all slides alike.
 
     Raises:
         ValueError: two encoders were scored on different slides, or the reference is none of them.
@@ -58,7 +59,7 @@ def table(
         for head in dict.fromkeys(head for _, head in cells)
         for one, other in _chosen(list(dict.fromkeys(name for name, _ in cells)), reference)
     ]
-    found = pd.DataFrame(rows)
+    found = pd.DataFrame(rows, columns=None if rows else ["head", "encoder", "other", "test"])
     for name in [f"p_{test}" for test in TESTS if f"p_{test}" in found]:
         found[f"{name}_holm"] = holm(found[name].to_numpy())
     if rows:
@@ -166,7 +167,7 @@ def resampled_t(by_split: Float64[np.ndarray, " split"], folds: int) -> Differen
 
 def _difference(value: float, error: float, distribution: stats.rv_continuous) -> Difference:
     if error < 1e-12:  # no spread: equal predictions tell no difference, others tell no more
-        return Difference(value, value, value, 1.0 if abs(value) < 1e-12 else np.nan)
+        return Difference(value, np.nan, np.nan, 1.0 if abs(value) < 1e-12 else np.nan)
     half = distribution.ppf((1 + intervals.CONFIDENCE) / 2) * error
     p = 2 * distribution.sf(abs(value) / error)
     return Difference(value, float(value - half), float(value + half), float(p))

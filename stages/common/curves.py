@@ -10,6 +10,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from stages.common import calibration
 from stages.common.scores import Scores
 
+POINTS = 150  # of a curve that people look at; hundreds of folds have thousands
 Truth = Bool[np.ndarray, " slide"]
 Probability = Float[np.ndarray, " slide"]
 
@@ -72,6 +73,13 @@ def confusion(folds: Sequence[Scores], classes: Sequence[str]) -> pd.DataFrame:
         for fold in ensembles
     ]
     return pd.concat(tables, ignore_index=True)
+
+
+def thinned(table: pd.DataFrame) -> pd.DataFrame:
+    """At most POINTS rows, evenly taken, with the first and the last."""
+    if len(table) <= POINTS:
+        return table
+    return table.iloc[np.linspace(0, len(table) - 1, POINTS).round().astype(int)]
 
 
 def pooled(folds: Sequence[Scores]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

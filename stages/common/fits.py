@@ -1,5 +1,6 @@
 """One fit of a head on one split with one seed: what it may know, and what it leaves behind."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,12 @@ class Fit:
     slide_ids: dict[str, list[str]]  # of train, val and test
     labels: dict[str, list[int]]  # of train and val
     random_features: bool = False  # numbers drawn in place of embeddings
+    optimistic: bool = False  # validation slides are the test slides: the best on them is taken
 
     def job(self, digests: dict[str, str]) -> Job:
         """For `perslide.run`; `digests` are those of the slides' bags."""
         inputs = [f"seed {self.seed}", f"random features {self.random_features}"]
+        inputs += ["optimistic"] * self.optimistic
         for part in PARTS:
             slides = self.slide_ids[part]
             labels = self.labels.get(part, [""] * len(slides))
@@ -74,7 +77,7 @@ def make(folder: Path, job: Job) -> None:
     parts = {part: _bags(fit, part) for part in PARTS}
     head = _fitted(fit, parts)
     predicted = {part: head.predict(parts[part]) for part in PARTS}
-    chosen = _chosen(np.array(fit.labels["val"]), predicted["val"][0])
+    chosen = _chosen(np.array(fit.labels["val"]), predicted["val"][0], fit.optimistic)
     tables = [_table(fit, part, predicted[part][0], chosen) for part in PARTS]
     pd.concat(tables).to_parquet(folder / "predictions.parquet", index=False)
     attention = _attention(fit.slide_ids["test"], predicted["test"][1])
@@ -90,21 +93,31 @@ def _bags(fit: Fit, part: str) -> Sequence[Bag]:
 def _fitted(fit: Fit, parts: dict[str, Sequence[Bag]]) -> Any:
     """A `stages.heads.Head`."""
     dim = parts["train"][0].shape[1]
-    head = plugins.load("heads", fit.head).build(dim, fit.classes, fit.params)
+    params = _by_accuracy(fit.params) if fit.optimistic else fit.params
+    head = plugins.load("heads", fit.head).build(dim, fit.classes, params)
     train, val = ((parts[part], np.array(fit.labels[part])) for part in PARTS[:2])
     head.fit(*train, *val, fit.seed)
     return head
 
 
+def _by_accuracy(params: Any) -> Any:
+    """A head's params, with the epoch chosen by accuracy; meanpool has no epochs."""
+    if not hasattr(params, "training"):
+        return params
+    training = dataclasses.replace(params.training, select="accuracy")
+    return dataclasses.replace(params, training=training)
+
+
 def _chosen(
-    labels: np.ndarray, probability: Float64[np.ndarray, "slide classes"]
+    labels: np.ndarray, probability: Float64[np.ndarray, "slide classes"], optimistic: bool
 ) -> dict[str, float]:
     """The columns threshold (two classes) and temperature."""
     tiny = np.finfo(np.float64).tiny
     temperature = calibration.temperature(np.log(np.maximum(probability, tiny)), labels)
     if probability.shape[1] > 2:
         return {"temperature": temperature}
-    threshold = thresholds.balanced(labels, probability[:, 1])
+    best = thresholds.accurate if optimistic else thresholds.balanced
+    threshold = best(labels, probability[:, 1])
     return {"threshold": threshold, "temperature": temperature}
 
 

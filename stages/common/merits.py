@@ -43,6 +43,10 @@ def shares(counts: Float[np.ndarray, "actual called"]) -> dict[str, float]:
     }
     if len(counts) == 2:
         figures |= {"recall": recalls[1], "specificity": recalls[0]}
+    else:
+        others = counts.sum() - counts.sum(1)
+        called_falsely = counts.sum(0) - np.diag(counts)
+        figures["specificity_macro"] = 1 - (called_falsely / others).mean()
     return {name: float(value) for name, value in figures.items()}
 
 

@@ -15,17 +15,22 @@ are the mean of each class against the rest.
     majority_accuracy            share of the largest class: what a constant answer reaches at best
     recall, specificity          of class 1 and of class 0 (two classes)
     recall_macro                 mean of the classes' recalls, which is the balanced accuracy
+    specificity_macro            mean of the classes' specificities against the rest (more classes)
     fixed_*                      accuracy, balanced_accuracy, recall, specificity called at 0.5
     specificity_at_sensitivity_95, recall_at_sensitivity_95
                                  at the highest threshold that calls 95 % of the class-1 slides of
-                                 validation; the recall says what became of the 95 % on test
-    brier                        mean squared error of the probabilities, halved: (p - y)^2
+                                 validation; the recall says what became of the 95 % on test. Of
+                                 more classes the mean of each against the rest
+    brier, brier_scaled          mean squared error of the probabilities, halved: (p - y)^2, before
+                                 and after the temperature
     ece, ece_scaled              expected calibration error over the slides of all runs, before and
                                  after the temperature that validation chose
     temperature, threshold       their means
     ensemble_actual_1_called_0   confusion counts, each slide once; with repeats their mean
     *_seed_sd, *_split_sd        spread that seeds make, and that splits make without the seeds'
     *_wilson_low, _high          95 % interval of a share, counting patients, not slides
+    balanced_accuracy_bootstrap_low, _high
+                                 of the resampled patients, given the calls
 
 Left out, as there is no number: *_seed_sd with one seed, *_split_sd with one split, DeLong's
 interval where a fold has one patient of a class, the bootstrap's where all resamples are alike
@@ -66,6 +71,7 @@ def cell(predictions: pd.DataFrame, classes: Sequence[str], seed: int = 0) -> di
     return {
         **_counts(tests),
         **_area("auc", tests, draws),
+        **_balanced(tests, draws),
         **means,
         **_wilson(means, tests),
         **_spreads(runs),
@@ -111,27 +117,31 @@ def _runs(test: Scores, val: Scores) -> list[dict[str, float]]:
             **merits.areas(test.label, probability),
             **merits.shares(merits.counts_of(test.label, called, classes)),
             "brier": merits.brier(test.label, probability),
+            "brier_scaled": merits.brier(
+                test.label, calibration.scaled(probability, test.temperature[at])
+            ),
             "temperature": float(test.temperature[at]),
         }
+        figures |= _screened(test, val, at)
         if test.threshold is not None:
             figures["threshold"] = float(test.threshold[at])
-            figures |= _at_other_thresholds(test, val, at)
+            fixed = merits.shares(merits.counts_of(test.label, probability[:, 1] >= 0.5, 2))
+            figures |= {f"fixed_{name}": fixed[name] for name in FIXED}
         runs.append(figures)
     return runs
 
 
-def _at_other_thresholds(test: Scores, val: Scores, at: int) -> dict[str, float]:
-    """What seed `at` would reach called at 0.5, and at the threshold of screening."""
-    screening = thresholds.screening(val.label, val.probability[at, :, 1])
-    fixed, screened = (
-        merits.shares(merits.counts_of(test.label, test.probability[at, :, 1] >= threshold, 2))
-        for threshold in (0.5, screening)
-    )
-    return {
-        **{f"fixed_{name}": fixed[name] for name in FIXED},
-        "specificity_at_sensitivity_95": screened["specificity"],
-        "recall_at_sensitivity_95": screened["recall"],
-    }
+def _screened(test: Scores, val: Scores, at: int) -> dict[str, float]:
+    """What seed `at` would reach at the thresholds of screening, a class against the rest."""
+    classes = test.probability.shape[2]
+    found = []
+    for label in [1] if classes == 2 else range(classes):
+        own = (val.label == label).astype(np.int64)
+        threshold = thresholds.screening(own, val.probability[at, :, label])
+        called = test.probability[at, :, label] >= threshold
+        found.append(merits.shares(merits.counts_of(test.label == label, called, 2)))
+    means = merits.mean_of(found)
+    return {f"{name}_at_sensitivity_95": means[name] for name in ("specificity", "recall")}
 
 
 def _area(name: str, folds: list[Scores], draws: np.ndarray) -> dict[str, float]:
@@ -140,6 +150,24 @@ def _area(name: str, folds: list[Scores], draws: np.ndarray) -> dict[str, float]
     found = {"delong": pairs.interval(areas)}
     found["bootstrap"] = intervals.percentile(pairs.bootstrap(areas, draws))
     return {name: pairs.auc(areas), **_ends(name, found)}
+
+
+def _balanced(folds: list[Scores], draws: np.ndarray) -> dict[str, float]:
+    """The interval of the balanced accuracy over resampled patients, given the calls."""
+    patients = pairs.patients_of(folds)
+    total, defined = np.zeros(len(draws)), np.zeros(len(draws))
+    for fold in folds:
+        drawn = draws[:, np.searchsorted(patients, fold.patient)]
+        right = (fold.called() == fold.label).mean(0)  # share of the seeds
+        classes = [fold.label == at for at in range(fold.probability.shape[2])]
+        there = np.all([drawn[:, own].sum(1) > 0 for own in classes], axis=0)
+        recalls = [
+            (drawn[there][:, own] @ right[own]) / drawn[there][:, own].sum(1) for own in classes
+        ]
+        total[there] += np.mean(recalls, axis=0)
+        defined += there
+    values = total[defined > 0] / defined[defined > 0]
+    return _ends("balanced_accuracy", {"bootstrap": intervals.percentile(values)})
 
 
 def _ends(name: str, found: dict[str, tuple[float, float] | None]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,12 @@ def write(folder: Path, table: pd.DataFrame, protocol: str) -> None:
 
 def holdout(rows: list[SlideRow], optimistic: bool = False) -> pd.DataFrame:
     """The cohort's own splits; `optimistic`: validation slides train, as where there are none."""
+    open_ = next((row for row in rows if row.split not in cohort.SPLITS), None)
+    if open_:
+        raise ValueError(
+            f"slide {open_.slide_id} has the split {open_.split!r} in cohort.csv: it must be one "
+            f"of {', '.join(cohort.SPLITS)}; run `dvc repro cohort`"
+        )
     part = {"train": "train", "val": "train" if optimistic else "val", "test": "test"}
     return _table(rows, {row.patient: part[row.split] for row in rows}, 0, 0)
 
@@ -89,6 +96,7 @@ def crossval(
     Raises:
         ValueError: a class has too few patients.
     """
+    _check_one(pd.DataFrame([{"patient": row.patient} for row in rows]))
     label = _label_of_patients(rows)
     patients = np.array(sorted(label))
     labels = np.array([label[patient] for patient in patients])
@@ -105,18 +113,19 @@ def crossval(
     return pd.concat(tables, ignore_index=True)
 
 
-def check(table: pd.DataFrame, parts: tuple[str, ...]) -> None:
-    """Refuse splits that leave a class out of a part, or a patient in two parts.
+def check(table: pd.DataFrame, parts: tuple[str, ...], classes: Sequence[str]) -> None:
+    """Refuse splits that leave a class out of a part, a patient in two parts, a label unknown.
 
     Raises:
-        ValueError: names the part and class, or the patient, and what to do.
+        ValueError: names the part and class, the patient or the slide, and what to do.
     """
-    if table.patient.nunique() == 1:
+    unknown = table[~table.label.isin(classes)]
+    if len(unknown):
         raise ValueError(
-            f"all slides are of one patient, {table.patient.iloc[0]}: train, val and test need "
-            "different ones; add patients, or fill in who the slides are of"
+            f"slide {unknown.slide_id.iloc[0]} has the label {unknown.label.iloc[0]!r}: the "
+            f"cohort's classes are {', '.join(classes)}; mend the label and run `dvc repro cohort`"
         )
-    labels = sorted(table.label.unique())
+    _check_one(table)
     for (repeat, fold), rows in table.groupby(KEYS):
         crossed = rows.groupby("patient").split.nunique()
         if (crossed > 1).any():
@@ -125,12 +134,20 @@ def check(table: pd.DataFrame, parts: tuple[str, ...]) -> None:
                 "patient must be in one; rerun `dvc repro cohort`"
             )
         present = set(zip(rows.split, rows.label, strict=True))
-        for part, name in ((part, name) for part in parts for name in labels):
+        for part, name in ((part, name) for part in parts for name in classes):
             if (part, name) not in present:
                 raise ValueError(
                     f"{part} of repeat {repeat}, fold {fold} has no slide of class {name}: every "
                     "part needs all classes; add patients of it, or set the column split"
                 )
+
+
+def _check_one(table: pd.DataFrame) -> None:
+    if table.patient.nunique() == 1:
+        raise ValueError(
+            f"all slides are of one patient, {table.patient.iloc[0]}: train, val and test need "
+            "different ones; add patients, or fill in who the slides are of"
+        )
 
 
 def _label_of_patients(rows: list[SlideRow]) -> dict[str, str]:
@@ -142,11 +159,12 @@ def _label_of_patients(rows: list[SlideRow]) -> dict[str, str]:
 
 
 def _check_patients(patients: Counter[str], folds: int) -> None:
+    # beside the largest fold there must be two, for train and val
+    least = max(folds, 4 if folds == 2 else 3)
     for label, count in sorted(patients.items()):
-        # what remains beside the largest fold must serve train and val
-        if count < folds or count - -(-count // folds) < 2:
+        if count < least:
             raise ValueError(
-                f"class {label} has {count} patients: {folds} folds need {max(folds, 3)} or more, "
+                f"class {label} has {count} patients: {folds} folds need {least} or more, "
                 "one for each fold and others to train and validate on; lower split.folds, add "
                 "patients or use split.protocol holdout"
             )

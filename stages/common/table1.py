@@ -13,7 +13,10 @@ TITLES = {
     "recall": "Recall",
     "specificity": "Specificity",
 }
-INTERVALS = {"auc": "delong", "accuracy": "wilson", "recall": "wilson", "specificity": "wilson"}
+INTERVALS = {
+    **{"auc": "delong", "balanced_accuracy": "bootstrap"},
+    **dict.fromkeys(("accuracy", "recall", "specificity"), "wilson"),
+}
 RANKED = ("auc", "balanced_accuracy", "accuracy")  # recall alone is won by calling all positive
 SANITY = {
     "sanity_permuted_labels_auc": "(permuted labels)",

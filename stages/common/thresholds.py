@@ -15,12 +15,23 @@ def balanced(labels: Labels, probability: Probability) -> float:
     equally good ones: of those the nearest to 0.5 is taken, then the lower, which misses fewer
     slides of class 1. A slide is called class 1 when its probability reaches the threshold.
     """
+    return _best(labels, probability, (0.5, 0.5))
+
+
+def accurate(labels: Labels, probability: Probability) -> float:
+    """The threshold with the highest accuracy, candidates and ties as in `balanced`."""
+    positive = float(np.mean(labels))
+    return _best(labels, probability, (1 - positive, positive))
+
+
+def _best(labels: Labels, probability: Probability, weights: tuple[float, float]) -> float:
+    """The best mean of specificity and recall by `weights`."""
     levels = np.unique(probability)
     candidates = np.append((levels[1:] + levels[:-1]) / 2, 0.5)
     negative, positive = (np.sort(probability[labels == at]) for at in (0, 1))
     right = np.searchsorted(negative, candidates) / max(1, len(negative))
     found = 1 - np.searchsorted(positive, candidates) / max(1, len(positive))
-    reached = (right + found) / 2
+    reached = weights[0] * right + weights[1] * found
     equal = candidates[np.isclose(reached, max(reached), rtol=0, atol=1e-12)]
     return float(min(equal, key=lambda at: (round(abs(at - 0.5), 12), at)))
 

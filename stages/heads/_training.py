@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ class Training:
     warmup_epochs: float  # epochs over which the learning rate rises from 0
     clip: float  # largest norm of each optimizer's gradient; 0: any
     balanced: bool  # draw bags with replacement, every class as often
+    select: Literal["loss", "accuracy"]  # what the kept epoch is the best in, on validation
     standardise: bool  # shift and scale each dimension by the train instances
 
     def __post_init__(self) -> None:
@@ -80,13 +82,13 @@ class Standardise(nn.Module):
 
 
 def fit(network: nn.Module, train: Labelled, val: Labelled, seed: int, params: Training) -> int:
-    """Train from new weights; keep those of the epoch with the lowest validation loss.
+    """Train from new weights; keep those of the epoch that is best on validation.
 
     A network may say how it learns: `loss(bag, mask, labels)`, a mean over the bags, in place of
     the cross-entropy of its logits, and `parameter_groups()`, lists of parameters with an
-    optimizer each. The validation loss is the cross-entropy of its logits always. Everything
-    random (weights, order of the bags, dropout) follows from `seed`. Of equal validation losses
-    the earlier epoch stays.
+    optimizer each. The validation loss is the cross-entropy of its logits always, or with `select:
+    accuracy` the share that they call wrong. Everything random (weights, order of the bags,
+    dropout) follows from `seed`. Of equal epochs the earlier stays.
 
     Returns:
         The epoch kept, from 1.
@@ -103,7 +105,7 @@ def fit(network: nn.Module, train: Labelled, val: Labelled, seed: int, params: T
         best_loss, best_weights, best_epoch = float("inf"), None, 0
         for epoch in range(1, params.epochs + 1):
             _train_epoch(network, train, optimizers, params, epoch)
-            loss = _validation_loss(network, val, params.batch)
+            loss = _validation_loss(network, val, params)
             if loss < best_loss:
                 best_loss, best_weights, best_epoch = (
                     loss,
@@ -172,11 +174,18 @@ def _order(labels: Labels, balanced: bool) -> Int64[Tensor, " slide"]:
 
 
 @torch.no_grad()
-def _validation_loss(network: nn.Module, val: Labelled, batch: int) -> float:
+def _validation_loss(network: nn.Module, val: Labelled, params: Training) -> float:
+    """The mean over the bags, of what `select` names; NaN where a logit is none."""
     network.eval()
     total = 0.0
-    for chosen in torch.arange(len(val[0])).split(batch):
-        total += len(chosen) * _cross_entropy(network, *_batch(network, val, chosen)).item()
+    for chosen in torch.arange(len(val[0])).split(params.batch):
+        bag, mask, labels = _batch(network, val, chosen)
+        logits = network(bag, mask)[0]
+        if params.select == "loss":
+            total += F.cross_entropy(logits, labels, reduction="sum").item()
+        else:
+            wrong = (logits.argmax(dim=1) != labels).float() + 0 * logits.sum(dim=1)
+            total += wrong.sum().item()
     return total / len(val[0])
 
 

@@ -57,6 +57,7 @@ class ClamSB(nn.Module):
         (below k_sample it raises), and an instance is told to be both; here half of the bag, at
         most, counts as high and as many as low, a bag of one trains the bag classifier alone.
         Loss and gradients are means over the bags of a batch; the authors' batch is one bag.
+        Training may stop early from the first epoch on, theirs from the 50th.
         Instances are standardised by the train instances where `training` says so.
     """
 

@@ -36,8 +36,8 @@ class DSMIL(nn.Module):
         bag vectors (a linear layer of them, written as such), orthogonal weights at the start, one
         output for two classes and one a class for more, each a sigmoid, the probability from the
         bag's stream alone. Differs from it for three classes or more: the sigmoids are divided by
-        their sum, which changes no decision. Instances are standardised by the train instances
-        where `training` says so.
+        their sum, which changes no decision. A cosine schedule ends at 0, theirs at 5e-6.
+        Instances are standardised by the train instances where `training` says so.
 
     The attention returned is that of the one output for two classes, and that of the class
     predicted for more.

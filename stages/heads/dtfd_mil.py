@@ -97,8 +97,9 @@ class DTFDMIL(nn.Module):
         is the mean over `inference_splits` splits that follow from a bag's length alone, so that
         the same bag always gives the same numbers. Instances of more than two classes are ranked
         by the class that their group predicts, of two by the last as there. A bag smaller than
-        `groups` has as many groups as instances. Instances are standardised by the train
-        instances where `training` says so.
+        `groups` has as many groups as instances. The learning rate is constant or a cosine, theirs
+        falls to a fifth at epoch 100, and any epoch may be kept, theirs from the 160th on.
+        Instances are standardised by the train instances where `training` says so.
 
     The attention returned is the weight of each instance in the bag's last vector: that of its
     group, times that in its group for AFS; the mean over the splits.

@@ -9,11 +9,11 @@ from stages.common import calibration, intervals
 
 
 def loss(logits: np.ndarray, labels: np.ndarray, at: float) -> float:
-    """The mean negative log-likelihood, slide by slide."""
-    total = 0.0
+    """The negative log-likelihood, slide by slide, and the prior's part."""
+    total = np.log(at) ** 2 / 2
     for row, label in zip(logits / at, labels, strict=True):
         total += np.log(np.exp(row - row[label]).sum())
-    return total / len(labels)
+    return total
 
 
 @pytest.mark.parametrize("sureness", [0.3, 1.0, 4.0])
@@ -41,8 +41,25 @@ def test_temperature_of_too_sure_a_head_is_its_factor() -> None:
 
 def test_temperature_stays_finite_where_all_slides_are_right_or_wrong() -> None:
     logits = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    assert 0.05 <= calibration.temperature(logits, np.array([0, 1])) < 0.1
-    assert 19.9 < calibration.temperature(logits, np.array([1, 0])) <= 20
+    assert 0.5 < calibration.temperature(logits, np.array([0, 1])) < 1
+    assert 1 < calibration.temperature(logits, np.array([1, 0])) < 5
+    assert calibration.temperature(1000 * logits, np.array([1, 0])) == pytest.approx(20, rel=1e-3)
+
+
+def test_few_slides_told_apart_do_not_make_later_ones_too_sure() -> None:
+    generator = np.random.default_rng(3)
+
+    def drawn(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(count) % 2
+        score = 2.5 * labels - 1.25 + generator.normal(size=count)
+        return np.stack([np.zeros(count), 2.5 * score], 1), labels  # the right log-odds
+
+    worse = []
+    for _ in range(60):
+        found = calibration.temperature(*drawn(8))
+        later = drawn(400)
+        worse.append((loss(*later, found) - loss(*later, 1.0)) / 400)
+    assert np.mean(worse) < 0.05 and max(worse) < 0.2  # nats a slide
 
 
 def test_certain_probabilities_stay_finite_after_scaling() -> None:

@@ -230,3 +230,43 @@ def test_a_cell_of_a_thousand_slides_takes_seconds() -> None:
 def test_rejects_predictions_that_are_not_whole(change, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scores.of_part(change(predictions()), 2)
+
+
+def test_the_interval_of_the_balanced_accuracy_is_that_of_resampled_patients() -> None:
+    table = predictions(60, 1, 1, 2, noise=2.0, per_patient=2)
+    found = metrics.cell(table, NAMES[:2], seed=5)
+    folds = scores.of_part(table, 2)
+    patients = np.unique(folds[0].patient)
+    draws = intervals.resamples(folds, patients, 5)[:300]
+    values = []
+    for draw in draws:
+        chosen = np.repeat(patients, draw)
+        rows = [np.flatnonzero(folds[0].patient == patient) for patient in chosen]
+        at = np.concatenate(rows)
+        runs = [
+            sklearn_metrics.balanced_accuracy_score(folds[0].label[at], of_seed[at])
+            for of_seed in folds[0].called()
+        ]
+        values.append(np.mean(runs))
+    low, high = np.quantile(values, [0.025, 0.975])
+    ends = [found[f"balanced_accuracy_bootstrap_{end}"] for end in ("low", "high")]
+    assert ends == pytest.approx([low, high], abs=0.03)
+    assert ends[0] < found["balanced_accuracy"] < ends[1]
+
+
+def test_more_classes_are_screened_each_against_the_rest() -> None:
+    table = predictions(60, 1, 1, 1, classes=3, noise=2.0)
+    found = metrics.cell(table, NAMES)
+    val, test = (table[table.split == part] for part in ("val", "test"))
+    recalls, specificities, macro = [], [], []
+    called = test[[f"probability_{at}" for at in range(3)]].to_numpy().argmax(1)
+    for at in range(3):
+        own = np.sort(val[val.label == at][f"probability_{at}"].to_numpy())[::-1]
+        threshold = own[int(np.ceil(0.95 * len(own))) - 1]
+        over = test[f"probability_{at}"] >= threshold
+        recalls.append(over[test.label == at].mean())
+        specificities.append(1 - over[test.label != at].mean())
+        macro.append((called[test.label != at] != at).mean())
+    assert found["recall_at_sensitivity_95"] == pytest.approx(np.mean(recalls))
+    assert found["specificity_at_sensitivity_95"] == pytest.approx(np.mean(specificities))
+    assert found["specificity_macro"] == pytest.approx(np.mean(macro))

@@ -14,13 +14,13 @@ from stages.common.cohort import SlideRow
 
 DIM = 5
 FILES = {
-    *("metrics.json", "predictions.parquet", "attention.parquet"),
+    *("metrics.json", "predictions.parquet", "attention.parquet", "split.json"),
     *(f"{name}.csv" for name in ("roc", "pr", "calibration", "confusion")),
 }
 TRAINING = {
     **{"epochs": 7, "patience": 7, "batch": 4, "learning_rate": 5e-3, "weight_decay": 1e-4},
     **{"betas": [0.9, 0.999], "optimizer": "adam", "schedule": "constant", "warmup_epochs": 0.0},
-    **{"clip": 0.0, "balanced": False, "standardise": True},
+    **{"clip": 0.0, "balanced": False, "select": "loss", "standardise": True},
 }
 LESS = {"project": True, "dims": [8, 8], "heads": 2, "depths": [1, 1], "stages": 1, "mlp_ratio": 2}
 HEADS = {

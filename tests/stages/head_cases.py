@@ -29,6 +29,7 @@ def training(epochs: int, learning_rate: float) -> _training.Training:
         "warmup_epochs": 0,
         "clip": 0.0,
         "balanced": False,
+        "select": "loss",
         "standardise": True,
     }
     known = {field.name for field in dataclasses.fields(_training.Training)}

@@ -16,7 +16,8 @@ from tests.common.predicted import predictions
 
 ENCODERS, HEADS, CLASSES = ("ours", "theirs", "none"), ("less", "abmil"), ["well", "ill"]
 SANITY = {"sanity_permuted_labels_auc": 0.4321, "sanity_random_features_auc": 0.5432}
-FILES = ("comparisons.csv", "metrics.json", "table1.csv", "table1.md", "table1.png")
+CURVES = ("roc.csv", "pr.csv", "calibration.csv")
+FILES = ("comparisons.csv", "metrics.json", "table1.csv", "table1.md", "table1.png", *CURVES)
 
 
 def write_cells(root: Path, prefix: str = "", protocol: str = "holdout", **settings: int) -> None:
@@ -26,7 +27,8 @@ def write_cells(root: Path, prefix: str = "", protocol: str = "holdout", **setti
         (data / folder).mkdir(parents=True, exist_ok=True)
     classes = [*CLASSES, "unclear"][: settings.get("classes", 2)]
     cohort.write_rows(data / "cohort", [], classes)
-    (data / "split" / "splits.json").write_text(json.dumps({"protocol": protocol}))
+    split = json.dumps({"protocol": protocol, "digest": "12ab"})
+    (data / "split" / "splits.json").write_text(split)
     for head in HEADS:
         for encoder, signal in zip(ENCODERS, (3.0, 1.5, 0.0), strict=True):
             number = ENCODERS.index(encoder) + 3 * HEADS.index(head)
@@ -34,6 +36,9 @@ def write_cells(root: Path, prefix: str = "", protocol: str = "holdout", **setti
             folder = data / "evaluate" / encoder / head
             folder.mkdir(parents=True, exist_ok=True)
             table.to_parquet(folder / "predictions.parquet", index=False)
+            (folder / "split.json").write_text(split)
+            for name, curve in metrics.curves(table, classes).items():
+                curve.to_csv(folder / f"{name}.csv", index=False)
             figures = metrics.cell(table, classes) | SANITY
             run.write_metrics(
                 folder / "metrics.json", {prefix + name: value for name, value in figures.items()}
@@ -180,7 +185,7 @@ def test_the_same_inputs_give_the_same_bytes(root: Path) -> None:
     first = {name: (target / name).read_bytes() for name in FILES}
     compared(root)
     assert {name: (target / name).read_bytes() for name in FILES} == first
-    assert sorted(file.name for file in target.iterdir()) == sorted(FILES)
+    assert sorted(file.name for file in target.iterdir()) == sorted([*FILES, "cells", "confusion"])
 
 
 def test_the_picture_has_a_row_for_each_cell(root: Path) -> None:
@@ -192,11 +197,40 @@ def test_the_picture_has_a_row_for_each_cell(root: Path) -> None:
     assert len(written) >= 1 + len(HEADS)
 
 
+def test_every_cells_figures_and_curves_are_gathered_for_dvc(root: Path) -> None:
+    target = compared(root)
+    names = {f"{head}-{encoder}" for head in HEADS for encoder in ENCODERS}
+    for kind in ("cells", "confusion"):
+        assert {file.stem for file in (target / kind).iterdir()} == names
+    for head, encoder in ((head, encoder) for head in HEADS for encoder in ENCODERS):
+        cell = root / "data" / "evaluate" / encoder / head
+        gathered = target / "cells" / f"{head}-{encoder}.json"
+        assert gathered.read_bytes() == (cell / "metrics.json").read_bytes()
+        for name in CURVES:
+            table, whole = pd.read_csv(target / name), pd.read_csv(cell / name)
+            mine = table[table.cell == f"{head} {encoder}"]
+            ends = [0, -1] if name != "calibration.csv" else [-1]
+            assert mine.iloc[ends, 0].tolist() == whole[mine.columns[0]].iloc[ends].tolist()
+    calibration = pd.read_csv(target / "calibration.csv")
+    assert set(calibration.scaling) == {"after"}
+
+
+@pytest.mark.parametrize("key", ["protocol", "digest"])
+def test_rejects_cells_of_other_splits(root: Path, key: str) -> None:
+    file = root / "data" / "evaluate" / "theirs" / "less" / "split.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "other"}))
+    with pytest.raises(ValueError, match=r"theirs/less was made on other splits .*repro evaluate"):
+        compared(root)
+
+
 @pytest.mark.parametrize(
     ("path", "stage"),
     [
         ("evaluate/theirs/less/predictions.parquet", "evaluate"),
         ("evaluate/theirs/less/metrics.json", "evaluate"),
+        ("evaluate/theirs/less/split.json", "evaluate"),
+        ("evaluate/theirs/less/roc.csv", "evaluate"),
+        ("evaluate/theirs/less/confusion.csv", "evaluate"),
         ("split/splits.json", "split"),
         ("cohort/classes.json", "cohort"),
     ],

@@ -15,8 +15,10 @@ import pytest
 from sklearn import metrics as sklearn_metrics
 
 from stages import evaluate
-from stages.common import cohort, fits, splits, thresholds
+from stages.common import cohort, fits, sanity, splits, thresholds
 from stages.common.bags import StoredBags
+from stages.heads import abmil, meanpool
+from tests.stages import head_cases
 from tests.stages.evaluated import (
     DIM,
     FILES,
@@ -90,7 +92,7 @@ def test_the_tables_say_what_they_promise(lab: Laboratory) -> None:
         assert mine.patch.tolist() == list(range(len(embedding_of(row))))
         assert mine.attention.sum() == pytest.approx(1, abs=1e-5)
     curve = pd.read_csv(out / "roc.csv")
-    assert np.isfinite(curve).all(axis=None)
+    assert np.isfinite(curve[["fpr", "tpr", "threshold"]]).all(axis=None)
     assert np.trapezoid(curve.tpr, curve.fpr) == pytest.approx(figures(out)["auc"])
     confusion = pd.read_csv(out / "confusion.csv")
     assert len(confusion) == 9 and set(confusion.actual) == {"well", "ill"}
@@ -175,28 +177,25 @@ def test_optimistic_figures_come_from_test_slides_and_say_so(lab: Laboratory) ->
     found, table = figures(out), predictions(out)
     assert all(name.startswith("optimistic_") for name in found)
     val, test = (set(table[table.split == part].slide_id) for part in ("val", "test"))
+    assert set(table.protocol) == set(pd.read_csv(out / "pr.csv").protocol) == {splits.OPTIMISTIC}
     assert val == test and len(table) == 2 * (21 + 9 + 9)
     # the threshold is the best of the very slides that it is scored on
-    best, fixed = (found[f"optimistic_{name}balanced_accuracy"] for name in ("", "fixed_"))
+    best, fixed = (found[f"optimistic_{name}accuracy"] for name in ("", "fixed_"))
     assert best >= fixed
-    sanity = evaluate.sanity_of(planned(lab), sanity_settings(), splits.OPTIMISTIC)
-    permuted = sanity[evaluate.PERMUTED][0]
+    permuted = sanity.fits_of(planned(lab), 2, splits.OPTIMISTIC)[sanity.PERMUTED][0]
     assert permuted.labels["val"] == planned(lab)[0].labels["val"]
-
-
-def sanity_settings() -> evaluate.EvaluateParams:
-    return evaluate.EvaluateParams(("abmil",), 2, True)
 
 
 def test_sanity_rows_have_nothing_to_learn_from(lab: Laboratory) -> None:
     plan = planned(lab)
-    sanity = evaluate.sanity_of(plan, sanity_settings(), "holdout")
-    for honest, permuted in zip(plan, sanity[evaluate.PERMUTED], strict=True):
+    checks = sanity.fits_of(plan, 2, "holdout")
+    for honest, permuted in zip(plan, checks[sanity.PERMUTED], strict=True):
         assert permuted.labels != honest.labels
-        assert {part: sorted(found) for part, found in permuted.labels.items()} == {
-            part: sorted(found) for part, found in honest.labels.items()
-        }
-    noise = fits._bags(sanity[evaluate.RANDOM][0], "test")
+        for part, labels in permuted.labels.items():
+            truth, told = np.array(honest.labels[part]), np.array(labels)
+            for label in (0, 1):  # of each class half, as in the whole part
+                assert abs(told[truth == label].mean() - truth.mean()) <= 1 / (truth == label).sum()
+    noise = fits._bags(checks[sanity.RANDOM][0], "test")
     stored = StoredBags(lab.bags, plan[0].slide_ids["test"])
     assert [bag.shape for bag in noise] == [bag.shape for bag in stored]
     assert np.array_equal(noise[3], noise[3]) and not np.array_equal(noise[3], stored[3])
@@ -204,7 +203,32 @@ def test_sanity_rows_have_nothing_to_learn_from(lab: Laboratory) -> None:
     assert abs(correlation[0, 1]) < 0.3
     lab.settings(sanity=True)
     found = figures(lab.run())
-    assert 0 <= found[evaluate.PERMUTED] <= 1 and 0 <= found[evaluate.RANDOM] <= 1
+    for name in (sanity.PERMUTED, sanity.RANDOM):
+        assert 0 <= found[name] <= 1 and found[f"{name}_seed_sd"] >= 0
+
+
+def test_permuted_labels_agree_with_the_truth_no_more_than_even_chance() -> None:
+    truth = np.arange(60) % 2
+    rng = np.random.default_rng(0)
+    agree = [(sanity.permuted(truth, rng) == truth).mean() for _ in range(50)]
+    assert set(agree) == {0.5}
+    odd = np.array([0, 0, 0, 1, 2, 2, 2])
+    told = [sanity.permuted(odd, rng) for _ in range(200)]
+    assert all(set(one) == {0, 1, 2} for one in told)
+    assert len({tuple(one) for one in told}) > 50
+
+
+def test_optimistic_fits_keep_the_most_accurate_epoch_and_threshold() -> None:
+    labels = np.array([0, 0, 0, 0, 0, 1, 1, 1])
+    chance = np.array([0.1, 0.2, 0.6, 0.65, 0.7, 0.55, 0.56, 0.9])
+    both = np.stack([1 - chance, chance], 1)
+    # 0.5: 2 of 5 and 3 of 3 right, 0.8: 5 of 5 and 1 of 3
+    assert fits._chosen(labels, both, False)["threshold"] == 0.5
+    assert fits._chosen(labels, both, True)["threshold"] == pytest.approx(0.8)
+    section = abmil.Params("plain", 3, 2, head_cases.training(2, 1e-3))
+    assert section.training.select == "loss"
+    assert fits._by_accuracy(section).training.select == "accuracy"
+    assert fits._by_accuracy(meanpool.Params((1.0,))) == meanpool.Params((1.0,))
 
 
 def test_three_classes_are_scored_against_the_rest(lab: Laboratory) -> None:
@@ -217,7 +241,7 @@ def test_three_classes_are_scored_against_the_rest(lab: Laboratory) -> None:
     table, found = predictions(out), figures(out)
     chances = table[[f"probability_{at}" for at in range(3)]]
     assert "threshold" not in table and np.allclose(chances.sum(axis=1), 1)
-    assert "recall_macro" in found and "recall" not in found
+    assert "specificity_macro" in found and "recall" not in found
     tests = table[(table.split == "test") & (table.seed == 40)]
     rest = sklearn_metrics.roc_auc_score(
         tests.label, tests[chances.columns], multi_class="ovr", average="macro"

@@ -73,7 +73,7 @@ def test_one_patient(lab: Laboratory) -> None:
 def test_a_label_outside_of_the_classes(lab: Laboratory) -> None:
     lab.rows[4] = replace(lab.rows[4], label="unclear")
     lab.split()
-    refuses(lab, ValueError, "slide train-4 has the label 'unclear' .* classes are well, ill")
+    refuses(lab, ValueError, "slide train-4 has the label 'unclear': .* classes are well, ill")
 
 
 def test_splits_that_were_not_made_or_changed(lab: Laboratory) -> None:
@@ -82,6 +82,17 @@ def test_splits_that_were_not_made_or_changed(lab: Laboratory) -> None:
     refuses(lab, ValueError, "splits.csv is not what was written")
     file.unlink()
     refuses(lab, FileNotFoundError, "run `dvc repro split` first")
+
+
+def test_a_damaged_bag(lab: Laboratory) -> None:
+    (lab.bags / "val-2" / "bag.zarr" / "zarr.json").unlink()
+    refuses(lab, ValueError, "the bag of slide val-2 at .* cannot be read: .* delete that folder")
+
+
+def test_a_class_that_no_slide_has(lab: Laboratory) -> None:
+    lab.classes = ["well", "ill", "unclear"]
+    lab.split()
+    refuses(lab, ValueError, "train of repeat 0, fold 0 has no slide of class unclear")
 
 
 def test_no_classes(lab: Laboratory) -> None:

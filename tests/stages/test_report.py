@@ -13,7 +13,16 @@ import yaml
 from PIL import Image
 
 from stages import report
-from stages.common import cell_figures, cohort, nuclei_figures, quality, stores, table1, tally
+from stages.common import (
+    cell_figures,
+    cohort,
+    curves,
+    nuclei_figures,
+    quality,
+    stores,
+    table1,
+    tally,
+)
 from stages.common.cohort import SlideRow
 
 HOSTILE = "<script>alert('x')&\""
@@ -285,9 +294,9 @@ def test_optimistic_figures_are_called_so(root: Path) -> None:
 
 def test_curves_of_many_folds_are_thinned_to_their_ends() -> None:
     table = pd.DataFrame({"fpr": np.linspace(0, 1, 4001), "tpr": np.linspace(0, 1, 4001)})
-    thin = cell_figures.thinned(table)
-    assert len(thin) == cell_figures.POINTS and thin.fpr.iloc[[0, -1]].tolist() == [0, 1]
-    assert len(cell_figures.thinned(table[:90])) == 90
+    thin = curves.thinned(table)
+    assert len(thin) == curves.POINTS and thin.fpr.iloc[[0, -1]].tolist() == [0, 1]
+    assert len(curves.thinned(table[:90])) == 90
 
 
 def test_attention_shows_the_highest_and_lowest_patches(

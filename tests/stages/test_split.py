@@ -85,7 +85,7 @@ def test_the_optimistic_protocol_has_no_validation_slides(tmp_path):
 def test_rejects_classes_with_too_few_patients(tmp_path):
     with pytest.raises(ValueError, match="class ill has 3 patients: 4 folds need 4 or more"):
         run(tmp_path, rows_of(6, 2))
-    with pytest.raises(ValueError, match="class ill has 2 patients: 2 folds need 3 or more"):
+    with pytest.raises(ValueError, match="class ill has 2 patients: 2 folds need 4 or more"):
         run(tmp_path, rows_of(4, 2), folds=2)
     assert len(run(tmp_path, rows_of(6, 2), folds=3).table) == 3 * 3 * 12
 
@@ -94,11 +94,13 @@ def test_rejects_one_patient_and_a_patient_in_two_parts(tmp_path):
     rows = rows_of(18, 2)
     one = [SlideRow(**{**vars(row), "patient": "A"}) for row in rows]
     with pytest.raises(ValueError, match="all slides are of one patient, A"):
-        splits.check(pd.DataFrame([vars(row) | {"repeat": 0, "fold": 0} for row in one]), ())
+        splits.check(
+            pd.DataFrame([vars(row) | {"repeat": 0, "fold": 0} for row in one]), (), LABELS
+        )
     crossed = splits.holdout(rows)
     crossed.loc[0, "split"] = "test"
     with pytest.raises(ValueError, match="patient p0 is in two parts of repeat 0, fold 0"):
-        splits.check(crossed, cohort.SPLITS)
+        splits.check(crossed, cohort.SPLITS, LABELS[:2])
 
 
 def test_rejects_a_part_without_a_class(tmp_path):

@@ -161,3 +161,20 @@ def test_the_epoch_kept_is_returned() -> None:
 def test_rejects_settings_out_of_range(key: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"training.{key} of a head"):
         settings(**{key: value})
+
+
+def test_an_epoch_may_be_chosen_by_the_share_called_wrong() -> None:
+    network = Network()
+    logits, _ = network(*_training.pad(bags(), torch.device("cpu")))
+    wrong = (logits.argmax(dim=1).numpy() != LABELS).mean()
+    for batch in (1, 2, 5):
+        chosen = settings(select="accuracy", batch=batch)
+        found = _training._validation_loss(network, (bags(), LABELS), chosen)
+        assert found == pytest.approx(wrong)
+        by_loss = _training._validation_loss(network, (bags(), LABELS), settings(batch=batch))
+        expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(LABELS))
+        assert by_loss == pytest.approx(expected.item(), rel=1e-5)
+    network.first.weight.data[0, 0] = torch.nan
+    assert np.isnan(
+        _training._validation_loss(network, (bags(), LABELS), settings(select="accuracy"))
+    )
