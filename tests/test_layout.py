@@ -20,8 +20,8 @@ DOORS = {
     "peft": {"stages/common/lora.py"},
     "yaml": {"stages/common/params.py"},
     "h5py": {"stages/common/interop.py"},
-    "distributed": {"stages/common/perslide.py"},
-    "dask": {"stages/common/perslide.py"},
+    "distributed": {"stages/common/cluster.py", "stages/common/perslide.py"},
+    "dask": {"stages/common/cluster.py"},
     "dvc": set(),
 }
 

@@ -17,6 +17,7 @@ ENGINE = frozenset(
     f"stages.{name}"
     for name in (
         "common.perslide",
+        "common.cluster",
         "common.cache",
         "common.digests",
         "common.fingerprint",

@@ -2,7 +2,8 @@
 
 Slides are mapped on Dask distributed, a local cluster of single-threaded processes by default, or
 the scheduler named in params.yaml (`engine.scheduler`). A slide that fails stops no other: what
-was made is kept, the failures are listed at the end, and the stage exits non-zero.
+was made is kept, the failures are listed at the end, and the stage exits non-zero. A slide that
+kills its worker is found by running the suspects alone (stages/common/cluster.py).
 """
 
 import functools
@@ -11,44 +12,16 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from stages.common import cache, devices, fingerprint, params
+from stages.common import cache, cluster, devices, fingerprint, params
 
 logger = logging.getLogger(__name__)
-
-WORKER_ENVIRONMENT = {
-    "DASK_LOGGING__DISTRIBUTED": "critical",
-    # One process is one slide: libraries that start threads of their own would fight for cores.
-    **dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"),
-    "OPENCV_FOR_THREADS_NUM": "1",
-    # Dask has workers return freed memory at once; arrays of megabytes then cost page faults, and
-    # the time of a stage doubles.
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
-}
-WINDOW = 2  # tasks in flight per worker: enough to keep it busy, few enough to lose little
-
-
-@dataclass(frozen=True)
-class EngineParams:
-    """How the map runs. No result depends on it, so no stage tracks it."""
-
-    workers: int  # processes on this machine; 0: one per core
-    scheduler: str  # address of a running Dask scheduler; empty: a cluster on this machine
-
-    def __post_init__(self) -> None:
-        """Refuse a count that would wait forever."""
-        if self.workers < 0:
-            raise ValueError(
-                f"params.yaml: engine.workers is {self.workers}: it must be 0 (all cores) or more"
-            )
 
 
 @dataclass(frozen=True)
@@ -93,7 +66,7 @@ def run(
     Raises:
         ValueError: slides failed; all others are in the cache, and a rerun makes only those.
     """
-    engine = params.load(EngineParams, "engine")
+    engine = params.load(cluster.EngineParams, "engine")
     if processes:
         engine = replace(engine, workers=min(engine.workers or processes, processes))
     cache.sweep(stage)
@@ -120,7 +93,7 @@ def _build_all(
     build: Callable[..., None],
     jobs: list[Job],
     keys: dict[str, str],
-    engine: EngineParams,
+    engine: cluster.EngineParams,
     words: tuple[str, str],
 ) -> dict[str, str]:
     """Make every job's result and return the error of each that failed."""
@@ -129,11 +102,11 @@ def _build_all(
     begun = time.perf_counter()
     total = sum(job.work for job in jobs)
     with (
-        _client(engine, len(jobs)) as client,
+        cluster.connect(engine, len(jobs)) as client,
         # The mean speed: slides end in bursts, one from each process.
         tqdm(total=total, desc=stage, unit=f" {unit or noun}", smoothing=0) as bar,
     ):
-        for job, error in _window(client, build, jobs, keys):
+        for job, error in cluster.each(client, build, jobs, keys):
             if error:
                 failures[job.slide_id] = error
                 tqdm.write(f"{stage}: {noun} {job.slide_id} failed: {error}")
@@ -144,6 +117,8 @@ def _build_all(
 
 
 def _build(stage: str, make: Make, job: Job, key: str, provenance: dict[str, Any]) -> None:
+    if cache.entry(stage, key).is_dir():  # made by a worker that died before it could tell
+        return
     os.environ[devices.WORKER] = _worker_number()
     described = {**provenance, "inputs": job.inputs}
     cache.build(stage, key, job.slide_id, described, lambda folder: make(folder, job))
@@ -155,82 +130,6 @@ def _worker_number() -> str:
 
     digits = re.search(r"\d+$", str(get_worker().name))
     return digits[0] if digits else "0"
-
-
-def _window(
-    client: Any, build: Callable[..., None], jobs: list[Job], keys: dict[str, str]
-) -> Iterator[tuple[Job, str]]:
-    """Run the jobs with few in flight; yield each with its error, empty when it went well."""
-    from distributed import as_completed
-
-    waiting = iter(jobs)
-    running: dict[str, Job] = {}
-
-    def submit() -> Any:
-        job = next(waiting, None)
-        if job is None:
-            return None
-        future = client.submit(build, job, keys[job.slide_id], pure=False, retries=0)
-        running[future.key] = job
-        return future
-
-    width = WINDOW * max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
-    finished = as_completed([future for _ in range(width) if (future := submit())])
-    for future in finished:
-        job = running.pop(future.key)
-        error = _explain(future.exception()) if future.status == "error" else ""
-        future.release()
-        following = submit()
-        if following:
-            finished.add(following)
-        yield job, error
-
-
-def _explain(error: BaseException) -> str:
-    from distributed.scheduler import KilledWorker
-
-    if isinstance(error, KilledWorker):
-        return "its worker process died, for want of memory or by a crash of the slide's reader"
-    if isinstance(error, OSError) and error.errno == 28:
-        return f"no space left on the disk of {cache.root()}: free some or set CYTOSSL_CACHE"
-    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-    return kind + str(error)
-
-
-@contextmanager
-def _client(engine: EngineParams, job_count: int) -> Iterator[Any]:
-    import dask
-
-    # Before distributed is imported, which sets its loggers up once: failures are ours to tell.
-    dask.config.set({"logging.distributed": "critical"})
-    from distributed import Client, LocalCluster
-
-    if engine.scheduler:
-        with _connected(Client, engine.scheduler) as client:
-            yield client
-        return
-    workers = min(engine.workers or len(os.sched_getaffinity(0)), job_count)
-    with dask.config.set(
-        {
-            "distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT,
-            "distributed.scheduler.allowed-failures": 1,
-        }
-    ):
-        cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
-        )
-        with cluster, Client(cluster) as client:
-            yield client
-
-
-def _connected(connect: Callable[[str], Any], address: str) -> Any:
-    try:
-        return connect(address)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"params.yaml: engine.scheduler is {address!r} and does not answer ({error}): "
-            "start it, or leave the key empty for this machine"
-        ) from None
 
 
 def _report(stage: str, failures: dict[str, str], total: int, noun: str) -> None:

@@ -12,10 +12,18 @@ from stages.common.perslide import Job
 def make(folder: Path, job: Job) -> None:
     """Write a file, or fail in the way that the job's arguments ask for."""
     failure = job.arguments.get("failure")
+    if "journal" in job.arguments:
+        with Path(job.arguments["journal"]).open("a") as journal:
+            journal.write(f"{job.slide_id}\n")
     if failure == "raise":
         raise ValueError(f"slide {job.slide_id} is cut short")
     if failure == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if failure == "kill once":
+        mark = Path(job.arguments["mark"])
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
     if failure == "full":
         raise OSError(28, "No space left on device")
     time.sleep(job.arguments.get("wait", 0))
