@@ -90,6 +90,7 @@ def main(
     settings = params.load(EvaluateParams, "evaluate", settings_file)
     split = made_splits.read(data / "split")
     classes = cohort.read_classes(data / "cohort")
+    _check_unseen(data / "pretrain" / encoder, split.protocol)
     table = labelled(split, classes)
     plan = plan_of(table, data / "embed" / encoder, head, len(classes), settings_file)
     if split.protocol == OPTIMISTIC:
@@ -100,6 +101,18 @@ def main(
     _run(everything, _surveyed(plan[0]), target / "fits")
     write(target, plan, checks, table, classes, split)
     shutil.rmtree(target / "fits")
+
+
+def _check_unseen(folder: Path, protocol: str) -> None:
+    """Refuse to test an encoder on slides whose labels it learned from."""
+    if protocol != "crossval" or not (folder / "encoder.json").is_file():
+        return
+    made = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))["provenance"]
+    if made.get("method") == cohort.LABELLED and made.get("steps"):
+        raise ValueError(
+            f"the encoder in {folder} learned from the labels of cohort.csv's train slides (method "
+            f"{cohort.LABELLED}), and split.protocol crossval would test on them: set it to holdout"
+        )
 
 
 def labelled(split: Splits, classes: list[str]) -> pd.DataFrame:

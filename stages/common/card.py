@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from stages.common import encoders, run
+from stages.common import cohort, encoders, run
 from stages.common.spec import Base, EncoderSpec
 
 CARD = "MODEL_CARD.md"
@@ -145,9 +145,14 @@ def _how(base: Base, made: Mapping[str, Any]) -> dict[str, Any]:
         "method": made.get("method", "not stated"),
         "began with": begun.get(base.weights, f"the weights of {PurePath(base.weights).name}"),
         "steps": made.get("steps", "not stated"),
-        **{name.replace("_", " "): known[name] for name in names if name in known},
+        **{name.replace("_", " "): _told(known[name]) for name in names if name in known},
+        **({"splits": "train, with labels"} if made.get("method") == cohort.LABELLED else {}),
         "version of the code": made.get("version", "not stated"),
     }
+
+
+def _told(value: Any) -> Any:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 def _table(rows: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from stages.common import cache
 from stages.common.run import atomic
 
 SPLITS = ("train", "val", "test")
+LABELLED = "vpu"  # the method of pretraining that learns from the labels of train slides
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Evaluation of bad input: one sentence that names slide and remedy, before anything is trained."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stages.common import bags
+from stages.common import bags, splits
 from stages.common.bags import StoredBags
 from tests.stages.evaluated import (
     DIM,
@@ -120,3 +121,17 @@ def test_bags_beyond_memory_are_read_again(lab: Laboratory, monkeypatch) -> None
         assert all(np.array_equal(a, b) for a, b in zip(scarce, whole, strict=True))
     kept = sum(bag.nbytes for bag in scarce._kept.values())
     assert 0 < kept <= bags.KEPT_BYTES and len(scarce._kept) < len(whole)
+
+
+def test_an_encoder_that_saw_the_labels_of_a_folds_test_slides(lab: Laboratory) -> None:
+    folder = lab.data / "pretrain" / "enc"
+    folder.mkdir(parents=True)
+    made = {"method": "vpu", "steps": 9}
+    (folder / "encoder.json").write_text(json.dumps({"provenance": made}))
+    lab.split(splits.crossval(lab.rows, 1, 3, 0.3, seed=1), "crossval")
+    refuses(lab, ValueError, "learned from the labels of .* set it to holdout")
+    (folder / "encoder.json").write_text(json.dumps({"provenance": made | {"steps": 0}}))
+    assert (lab.run() / "metrics.json").is_file()
+    (folder / "encoder.json").write_text(json.dumps({"provenance": made}))
+    lab.split()
+    assert (lab.run() / "metrics.json").is_file()

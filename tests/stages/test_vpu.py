@@ -138,6 +138,7 @@ def pretrain_save(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_the_encoder_loads_as_its_card_says(labelled):
     folder = train(labelled) / "pretrained"
     text = (folder / card.CARD).read_text()
+    assert "| splits | train, with labels |" in text
     lines = text.split("```python\n")[1].split("```")[0]
     names: dict[str, object] = {}
     code = lines.replace('"encoder', f'"{folder}/encoder')
