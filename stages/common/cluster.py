@@ -26,6 +26,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
 }
 WINDOW = 2  # tasks in flight per worker: enough to keep it busy, few enough to lose little
+RETURN_SECONDS = 60  # a worker that died is started anew within a few
 TRIES_ALONE = 2  # a suspect's worker may also die by another's hand, as by a machine that is lost
 
 
@@ -153,6 +154,8 @@ def connect(engine: EngineParams, job_count: int) -> Iterator[Any]:
         )
         with cluster, Client(cluster) as client:
             yield client
+            # Dask breaks off with an error when it closes a worker that is just coming back.
+            client.wait_for_workers(workers, timeout=RETURN_SECONDS)
 
 
 def _connected(client: Callable[[str], Any], address: str) -> Any:
