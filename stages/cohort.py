@@ -11,6 +11,7 @@ that is not known, an id twice, one class only, a patient in two splits.
 import logging
 import random
 import re
+import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 SLIDE_ID = re.compile(r"[^\W_]([\w .()+=@-]*[\w()+=@-])?")  # names a folder on any system
 LONGEST_ID = 120  # bytes; file systems take 255 for a name, and suffixes are added
 RESERVED = {"metrics.json", "slides", "con", "nul"}
+MPP_FACTOR = 1.6  # 0.25 and 0.26 are one scanner's; 0.25 and 0.5 are another lens, or a wrong value
 READERS = 4  # threads: hashing and opening wait for the disk
 
 
@@ -52,9 +54,10 @@ def main(target: Path = Path("data/cohort")) -> None:
     _check_table(rows)
     classes = _classes(rows, chosen.positive)
     rows = _opened(rows)
+    odd = _odd_mpp(rows)
     rows = _split(rows, chosen, seed)
     cohort.write_rows(target, rows, classes)
-    run.write_metrics(target / "metrics.json", _metrics(rows))
+    run.write_metrics(target / "metrics.json", {**_metrics(rows), "mpp_outliers": len(odd)})
     logger.info("cohort: %d slides of %d patients", len(rows), len({row.patient for row in rows}))
 
 
@@ -124,6 +127,24 @@ def _open(row: SlideRow) -> SlideRow:
     slide.probe()
     digest = digests.digest_of(slides.content_files(path))
     return replace(row, mpp=repr(slide.mpp), digest=digest)
+
+
+def _odd_mpp(rows: list[SlideRow]) -> list[str]:
+    """Ids of slides whose mpp is far from the cohort's median; each is told of.
+
+    Not an error: a cohort may mix lenses, whose slides are brought to one mpp by tile.
+    """
+    usual = statistics.median(float(row.mpp) for row in rows)
+    odd = [row for row in rows if not 1 / MPP_FACTOR < float(row.mpp) / usual < MPP_FACTOR]
+    for row in odd:
+        logger.warning(
+            "cohort: slide %s has an mpp of %.4g, and %.4g is usual in this cohort: if the lens "
+            "was the same, give the right value in the labels file, column mpp",
+            row.slide_id,
+            float(row.mpp),
+            usual,
+        )
+    return [row.slide_id for row in odd]
 
 
 def _caught(task: Callable[[SlideRow], SlideRow]) -> Callable[[SlideRow], SlideRow | str]:

@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 import shutil
 from collections import Counter
@@ -293,3 +294,24 @@ def test_the_index_sees_a_replaced_slide_and_is_empty_without_a_folder():
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     index.main()
     assert Path("data/index/slides.csv").read_text() == "path,bytes,mtime_ns\n"
+
+
+def test_tells_of_a_slide_whose_mpp_is_far_from_the_others(caplog):
+    table = rows()
+    table[3]["mpp"], table[4]["mpp"] = "0.5", "0.26"
+    write_labels(table)
+
+    with caplog.at_level("WARNING"):
+        stage.main()
+
+    told = [record.getMessage() for record in caplog.records]
+    assert [("s03" in text, "0.5" in text, "0.25 is usual" in text) for text in told] == [
+        (True, True, True)
+    ]
+    assert json.loads(Path("data/cohort/metrics.json").read_text())["mpp_outliers"] == 1
+
+
+def test_counts_no_mpp_outlier_where_all_slides_agree():
+    stage.main()
+
+    assert json.loads(Path("data/cohort/metrics.json").read_text())["mpp_outliers"] == 0
