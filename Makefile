@@ -39,6 +39,6 @@ bench: setup
 	python -m benchmarks.chain
 
 lock:
-	uv pip compile pyproject.toml --extra cellpose --extra lora --extra onnx --extra test \
+	uv pip compile pyproject.toml --extra cellpose --extra czi --extra lora --extra onnx --extra slurm --extra test \
 	  --universal --python-version 3.11 --fork-strategy fewest \
 	  --generate-hashes --no-annotate --no-header --quiet -o requirements.lock
