@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from stages.common import (
+    architectures,
     backbones,
     card,
     checkpoint,
@@ -92,6 +93,8 @@ def main(
             if group.first:
                 checkpoint.finish(plan.folder, plan.total, result, made)
     if group.first:
+        if not journal.has("rankme") and (probe := _probe(data, plan, group)):
+            journal.amend(probe(method.encoder))  # it was switched on after the run
         encoders.save(target / "pretrained", method.encoder, spec, {**made, "steps": plan.total})
         counts = {"epochs": settings.epochs, "steps": plan.total, "views": len(views)}
         summary = journal.summary(plan.per_epoch)
@@ -109,12 +112,14 @@ def _view_set(data: Path, settings: PretrainParams, group: Ranks) -> ViewSet:
 
 def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: Ranks) -> Method:
     encoder = group.with_norms(backbones.prepare(spec, settings))
+    encoder = architectures.share_dropped_paths(encoder, group.rank, group.count)
     preflight.check_encoder(settings, encoder)
     if settings.gradient_checkpointing:
         encoder.set_grad_checkpointing()
     build = plugins.load("methods", settings.method).build
     method = build(encoder, of_method, spec.image_px).to(group.device).train()
     preflight.check_views(settings, method.view_policies)
+    preflight.check_compile(settings, of_method)
     if settings.compile:
         for module in method.modules():
             if isinstance(module, type(encoder)):  # the teacher's, too
@@ -155,10 +160,10 @@ def train(
             for number, batch in enumerate(islice(batches, passes), start=1):
                 keys = keys_of(plan.seed, epoch, batch.rows)
                 views = _views(method, data, batch, keys, plan.spec, device)
-                # Dropped paths: the same after a resume, and others for each pass of each rank.
-                torch.manual_seed(int(keys_of(plan.seed, step, batch.rows[:1])))
+                # Dropped paths: the same after a resume, and on any number of ranks.
+                torch.manual_seed(int(keys_of(plan.seed, step, torch.tensor([number]))))
                 with group.averaging(parallel, now=number == passes):
-                    with _autocast(settings, device):
+                    with training.autocast(settings, device):
                         loss = parallel(views, progress, keys) / passes
                     scaler.scale(loss).backward()
                 total += loss.detach()
@@ -204,11 +209,6 @@ def _batches(data: ViewSet, plan: Plan, first: int, group: Ranks) -> Iterator[Ba
 def _bar(method: str, first: int, total: int, group: Ranks) -> tqdm:
     about = {"initial": first, "total": total, "unit": "step", "desc": method}
     return tqdm(range(first, total), **about, disable=not group.first)
-
-
-def _autocast(settings: PretrainParams, device: torch.device) -> torch.autocast:
-    dtype = torch.float16 if settings.autocast == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=settings.autocast != "none")
 
 
 def _views(

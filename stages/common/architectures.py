@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath
 from timm.models import load_state_dict_from_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
@@ -134,6 +135,36 @@ def build(spec: EncoderSpec, drop_path: float = 0.0, empty: bool = False) -> nn.
             "vision transformer"
         ) from None
     return with_sr_attention(model, **swap) if swap else model
+
+
+class SharedDropPath(DropPath):
+    """timm's DropPath, for one of several processes: a row is dropped as it would be in one.
+
+    Rows are dealt out to the processes one by one (`Ranks.share`), and all draw the numbers of all
+    rows from generators with equal seeds.
+    """
+
+    def __init__(self, layer: DropPath, rank: int, count: int) -> None:
+        super().__init__(layer.drop_prob, layer.scale_by_keep)
+        self.rank, self.count = rank, count
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Zero a row of [row, ...], or divide it by the chance of being kept."""
+        if not self.training or not self.drop_prob:
+            return rows
+        kept = 1 - self.drop_prob
+        drawn = rows.new_empty(len(rows) * self.count).bernoulli_(kept)[self.rank :: self.count]
+        scale = kept if self.scale_by_keep else 1.0
+        return rows * (drawn / scale).view(-1, *[1] * (rows.ndim - 1))
+
+
+def share_dropped_paths(model: nn.Module, rank: int, count: int) -> nn.Module:
+    """Let each of `count` processes drop the paths that one process alone would drop."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, DropPath):
+                setattr(parent, name, SharedDropPath(layer, rank, count))
+    return model
 
 
 def normalisation(architecture: str, released: bool) -> tuple[tuple, tuple]:

@@ -77,6 +77,15 @@ class Journal:
         self._restart()
         self._show(row)
 
+    def has(self, name: str) -> bool:
+        """Whether a row has this number."""
+        return any(name in row for row in self.rows)
+
+    def amend(self, numbers: dict[str, float]) -> None:
+        """Add `numbers` to the last row."""
+        self.rows[-1] |= numbers
+        self._show({"step": self.rows[-1]["step"], **numbers})
+
     def _measured(self) -> dict[str, float]:
         seconds = time.perf_counter() - self.since
         row = {

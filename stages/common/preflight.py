@@ -1,6 +1,7 @@
 """What is looked at before a pretraining run begins: settings and views that do not go together."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -36,6 +37,20 @@ def check_encoder(settings: PretrainParams, encoder: nn.Module) -> None:
             f"params.yaml: pretrain.gradient_checkpointing is true: {settings.backbone} has batch "
             "norms, whose running statistics would move twice a step; set it to false and raise "
             "pretrain.accumulate"
+        )
+
+
+def check_compile(settings: PretrainParams, of_method: Any) -> None:
+    """Refuse to compile an encoder whose tokens are to be masked.
+
+    Raises:
+        ValueError: see above.
+    """
+    masking = getattr(of_method, "ibot", None)
+    if settings.compile and masking and masking.weight:
+        raise ValueError(
+            f"params.yaml: pretrain.compile is true and pretrain.{settings.method}.ibot.weight is "
+            f"{masking.weight}: compiled encoders take no mask tokens, set one to false or 0"
         )
 
 

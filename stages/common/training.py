@@ -17,7 +17,10 @@ from stages.common.spec import EncoderSpec, LoraParams
 from stages.common.watch import WatchParams
 
 # Settings that change how a run goes about it and not what comes out.
-INDIFFERENT = ("workers", "gradient_checkpointing", "checkpoint_steps", "keep_checkpoints", "watch")
+INDIFFERENT = (
+    *("workers", "gradient_checkpointing", "log_steps", "checkpoint_steps", "keep_checkpoints"),
+    "watch",
+)
 REFERENCE_BATCH = 256  # patches per step that learning_rate is given for
 LONGEST_WARMUP = 0.5  # of the run
 
@@ -122,13 +125,19 @@ def rates(settings: PretrainParams, progress: float) -> dict[str, float]:
     return {"learning_rate": rate, "weight_decay": decay}
 
 
+def autocast(settings: PretrainParams, device: torch.device) -> torch.autocast:
+    """Inside, matrix products are computed as `settings` ask for."""
+    dtype = torch.float16 if settings.autocast == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=settings.autocast != "none")
+
+
 def provenance(
     data: str, settings: PretrainParams, of_method: Any, top: params.Top
 ) -> dict[str, Any]:
     """What decides the weights; `run` is the digest of it all.
 
     The number of processes is no part of it: a run may go on with more or fewer, and then ends with
-    the same weights up to rounding, unless paths are dropped: which ones differs then.
+    the same weights up to rounding.
     """
     decisive = {name: value for name, value in asdict(settings).items() if name not in INDIFFERENT}
     decisive = {**asdict(top), "pretrain": {**decisive, settings.method: asdict(of_method)}}

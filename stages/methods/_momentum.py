@@ -8,8 +8,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def copy_of(network: nn.Module) -> nn.Module:
-    """The same network, without gradients."""
-    return steady(copy.deepcopy(network).requires_grad_(False), True)
+    """The same network, without gradients; parameters that are frozen in it are shared."""
+    frozen = {id(value): value for value in network.parameters() if not value.requires_grad}
+    return steady(copy.deepcopy(network, frozen).requires_grad_(False), True)
 
 
 def steady(follower: nn.Module, training: bool) -> nn.Module:
@@ -27,5 +28,6 @@ def steady(follower: nn.Module, training: bool) -> nn.Module:
 
 def follow(follower: nn.Module, network: nn.Module, momentum: float) -> None:
     """Follower = momentum follower + (1 - momentum) network, parameter by parameter."""
-    average = get_ema_multi_avg_fn(momentum)
-    average(list(follower.parameters()), list(network.parameters()), None)
+    pairs = zip(follower.parameters(), network.parameters(), strict=True)
+    moved = [pair for pair in pairs if pair[0] is not pair[1]]
+    get_ema_multi_avg_fn(momentum)(*map(list, zip(*moved, strict=True)), None)

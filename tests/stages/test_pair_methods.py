@@ -117,7 +117,8 @@ def test_the_follower_is_the_average_that_a_loop_gives(name, start):
         keep = 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
         with torch.no_grad():
             for at, value in enumerate(network.parameters()):
-                value.add_(torch.randn(value.shape))
+                if value.requires_grad:  # no step moves what is frozen
+                    value.add_(torch.randn(value.shape))
                 wanted[at] = keep * wanted[at] + (1 - keep) * value
         method.after_step(progress)
     for value, expected in zip(follower.parameters(), wanted, strict=True):
@@ -164,6 +165,15 @@ def test_the_follower_drops_no_paths_but_normalises_by_the_batch(name):
     image = views(method)[0]
     assert torch.equal(follower(image), follower(image))
     assert all(m.training for m in follower.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+def test_the_follower_shares_what_is_frozen_and_nothing_else():
+    method = build("mocov3")
+    assert method.key[0].patch_embed.proj.weight is method.query[0].patch_embed.proj.weight
+    shared = {id(value) for value in method.key.parameters()} & {
+        id(value) for value in method.query.parameters()
+    }
+    assert len(shared) == len(list(method.query[0].patch_embed.parameters()))
 
 
 @pytest.mark.parametrize("name", ["simclr", "mocov3", "byol"])

@@ -152,6 +152,33 @@ def test_probe_joins_the_curves_and_changes_no_weight(source, monkeypatch):
     assert len(checkpoints()) == 0
 
 
+def test_probe_switched_on_after_the_run_is_made_of_its_end(source, monkeypatch):
+    train(source)
+    monkeypatch.setattr(pretrain, "Probe", lambda *_: lambda encoder: {"rankme": 4.5})
+    about = dataclasses.replace(changed().watch, probe_epochs=1)
+    monkeypatch.setattr(pretrain, "train", None)  # no step is taken again
+    made = train(source, changed(watch=about))
+    assert curve(made, "rankme") == [(STEPS, 4.5)]
+    assert len(curve(made, "loss")) == 5
+    assert json.loads((made / "metrics.json").read_text())["rankme"] == 4.5
+
+
+def test_rows_further_apart_are_the_same_run(source):
+    unbroken = train(source, target="unbroken")
+    forget_checkpoints()
+    with failing_after(5):
+        train(source)
+    made = train(source, changed(log_steps=3))
+    assert weights(made) == weights(unbroken)
+    assert [step for step, _ in curve(made, "loss")] == [2, 4, 6, 9]
+
+
+def test_masked_tokens_are_not_compiled(source):
+    masked = dataclasses.replace(DINO, ibot=dataclasses.replace(DINO.ibot, weight=0.5))
+    with pytest.raises(ValueError, match=r"compile is true .*dino\.ibot\.weight is 0\.5"):
+        train(source, changed(compile=True), masked)
+
+
 def test_finished_run_leaves_its_encoder_only(source):
     made = train(source)
     [file] = (source.parent.parent / "cache" / "pretrain").rglob("*.pt")

@@ -24,7 +24,7 @@ from tests.stages.runs import (
 )
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-SETTINGS = changed(batch=6, drop_path=0.0, epochs=12)  # 3 patches for each process; 36 steps
+SETTINGS = changed(batch=6, drop_path=0.3, epochs=12)  # 3 patches for each process; 36 steps
 MADE = Path("data/pretrain")
 
 
