@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _tell(truth, asked)
     _check_writable(asked.target)
     detect, tile = params.section_of("detect"), params.section_of("tile")
-    tiling = Tiling(tile.get("mpp"), tile.get("patch_px"))
+    tiling = Tiling(tile.get("mpp"), tile.get("patch_px"), str(tile.get("codec")))
     name = str(detect.get("detector"))
     plugin = plugins.load("detectors", name)
     detector = plugin.build(params.load(plugin.Params, f"detect.{name}"))
@@ -127,6 +127,14 @@ def _tell(truth: Annotations, asked: argparse.Namespace) -> None:
     logger.info(
         "%s: %s; %d images, %d nuclei", asked.annotations, truth.form, len(truth.images), nuclei
     )
+    empty = sum(not len(image.points) for image in truth.images)
+    if empty:
+        logger.warning(
+            "%d of %d images have no annotation and count as free of nuclei, all finds in them as "
+            "false alarms: take those that nobody annotated out of the annotations",
+            empty,
+            len(truth.images),
+        )
     if truth.seen:
         counts = ", ".join(f"{name} {count}" for name, count in list(truth.seen.items())[:20])
         logger.info("classes: %s; kept: %s", counts, ", ".join(asked.classes) or "all")

@@ -63,16 +63,18 @@ def _list_slides(target: Path) -> None:
 def _identify_detector(target: Path) -> None:
     name = params.section_of("detect")["detector"]
     plugin = plugins.load("detectors", name)
+    own = params.load(plugin.Params, f"detect.{name}")
+    found = {"detector": name, "weights": str(getattr(own, "weights", ""))}
     try:
-        version = plugin.identity(params.load(plugin.Params, f"detect.{name}"))
+        found["version"] = plugin.identity(own)
     except (FileNotFoundError, ImportError):
-        if target.is_file() and json.loads(target.read_text("utf-8"))["detector"] == name:
-            logger.info("index: no weights or library of %s here, its version is kept", name)
-            return
-        raise
+        before = json.loads(target.read_text("utf-8")) if target.is_file() else {}
+        if any(before.get(key) != value for key, value in found.items()):
+            raise
+        logger.info("index: no weights or library of %s here, its version is kept", name)
+        return
     with run.atomic(target) as temporary:
-        text = json.dumps({"detector": name, "version": version}, indent=2) + "\n"
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _identify_weights(target: Path) -> None:

@@ -77,7 +77,7 @@ def _load(path: Path) -> dict[str, Any]:
         KeyError,
         ValueError,
     ) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = type(error).__name__  # torch's own words advise to run what is in the file
         raise ValueError(f"is damaged or holds more than weights ({why})") from None
     held = checkpoint if isinstance(checkpoint, dict) else {}
     if not all(isinstance(held.get(name), kind) for name, kind in PARTS.items()):

@@ -74,7 +74,9 @@ def draw(
         axes.axis("off")
     for axes, one, view in zip(grid, chosen, views, strict=False):
         _tile(axes, one, view, read(one, *view))
-    figure.suptitle(f"{title}\nimages from the best to the worst", fontsize=13, parse_math=False)
+    count = f"{len(chosen)} of {len(scored)} images" if len(chosen) < len(scored) else "images"
+    heading = f"{title}\n{count} from the best to the worst"
+    figure.suptitle(heading, fontsize=13, parse_math=False)
     place = {"loc": "outside lower center", "ncols": 3, "frameon": False, "fontsize": 12}
     figure.legend(handles=_legend(), **place)
     drawn = io.BytesIO()
@@ -84,16 +86,18 @@ def draw(
 
 
 def _chosen(scored: Sequence[Scored]) -> list[Scored]:
-    """Some of all and some of those with errors, each in equal steps of F1's rank, best first."""
+    """Some with errors, then some of the others, each in equal steps of F1's rank; best first."""
     ranked = sorted(scored, key=lambda one: -one.counts.f1)
     erring = [at for at, one in enumerate(ranked) if one.counts.f1 < 1]
-    among_all = np.linspace(0, len(ranked) - 1, TILES // 3)
-    among_erring = np.linspace(0, len(erring) - 1, 2 * TILES // 3)[: len(erring)]
-    places = set(among_all.round().astype(int).tolist())
-    places |= {erring[at] for at in among_erring.round().astype(int).tolist()}
-    if len(ranked) <= TILES:
-        places = set(range(len(ranked)))
+    places = {erring[at] for at in _steps(len(erring), 2 * TILES // 3)}
+    others = [at for at in range(len(ranked)) if at not in places]
+    places |= {others[at] for at in _steps(len(others), TILES - len(places))}
     return [ranked[place] for place in sorted(places)]
+
+
+def _steps(length: int, count: int) -> list[int]:
+    """`count` places of 0 to `length` - 1, or all, in equal steps from the first to the last."""
+    return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
 
 
 def _legend() -> list[Line2D]:

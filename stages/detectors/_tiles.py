@@ -1,6 +1,7 @@
 """Nuclei of an image as the detect stage sees it: in patches at its resolution, side by side."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -8,6 +9,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import KDTree
 
+from stages.common import jpeg
 from stages.detectors import Detection
 from stages.detectors._windows import Corners, Parts, Read, Run, joined, moved
 
@@ -18,6 +20,7 @@ class Tiling:
 
     mpp: float  # of the patches
     patch_px: int  # their side
+    codec: str = "zstd"  # or jpeg: what their pixels went through
 
     def __post_init__(self) -> None:
         """Refuse what cuts no patches."""
@@ -63,13 +66,23 @@ def detect(
     """
     corners, scale = tiling.corners(extent_px, mpp), tiling.mpp / mpp
     side = (tiling.patch_px, tiling.patch_px)
-    found = run(Parts(read, corners, side, tiling.mpp), tiling.mpp)
+    seen = _stored(read) if tiling.codec == "jpeg" else read
+    found = run(Parts(seen, corners, side, tiling.mpp), tiling.mpp)
     parts = [
         moved(one, corner, scale)
         for one, corner in zip(found, corners.astype(np.float64), strict=True)
     ]
     together, patch = joined(parts)
     return _mended(together, _pieces(together, patch, corners, tiling.patch_px * scale, mpp))
+
+
+def _stored(read: Read) -> Read:
+    """`read`, and then what a patch store makes of it."""
+
+    def through_jpeg(*place: Any) -> np.ndarray:
+        return jpeg.decode(jpeg.encode(np.ascontiguousarray(read(*place)), jpeg.LEVEL))
+
+    return through_jpeg
 
 
 def _pieces(

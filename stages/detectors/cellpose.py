@@ -134,6 +134,7 @@ def identity(params: Params) -> str:
     _release()
     fetched = next((one for one in _places(params.weights) if one.is_file()), None)
     if fetched is None:
+        _check_name(params.weights)
         return f"{_identity.of('cellpose', VERSION, LIBRARIES)}, {params.weights} not fetched"
     return _version(fetched)
 
@@ -177,6 +178,15 @@ def _places(weights: str) -> tuple[Path, Path]:
     return Path(weights), Path(kept) / weights
 
 
+def _check_name(weights: str) -> None:
+    """Refuse the path of a file that is not there; what is no path may be a model's name."""
+    if "/" in weights or Path(weights).suffix:
+        raise FileNotFoundError(
+            f"detect.cellpose.weights is {weights}, and there is no such file: mend the path, or "
+            f"name a model, as cpsam ({HOME})"
+        )
+
+
 def _version(path: Path) -> str:
     return _identity.of("cellpose", VERSION, LIBRARIES, digests.digest_of([path]))
 
@@ -211,7 +221,7 @@ def _keys(path: Path) -> set[str]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, TypeError, KeyError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = type(error).__name__  # torch's own words advise to run what is in the file
         raise ValueError(f"{_named(path)} holds no weights ({why}): {ANEW}") from None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(

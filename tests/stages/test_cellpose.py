@@ -191,6 +191,9 @@ def test_identity_is_the_version_and_a_name_until_weights_are_fetched(perfect, m
     named = replace(perfect, weights="net")
     assert cellpose.identity(named) == cellpose.identity(perfect)
     assert cellpose.identity(CELLPOSE).endswith("cpsam not fetched")
+    for path in ("weights/gone", "gone.pth"):
+        with pytest.raises(FileNotFoundError, match=f"weights is {path}, and there is no such"):
+            cellpose.identity(replace(CELLPOSE, weights=path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

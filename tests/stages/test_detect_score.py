@@ -12,7 +12,7 @@ from stages import detect_score
 from stages.common import annotations
 from stages.detectors._scoring import Search
 from stages.detectors._tiles import Tiling
-from tests.stages.annotated import FORMATS, TRUTH, as_csv, as_voc, draw_images
+from tests.stages.annotated import FORMATS, TRUTH, as_coco, as_csv, as_voc, draw_images
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +116,17 @@ def test_scores_patches_as_the_detect_stage_sees_them(images, tmp_path, monkeypa
     assert (metrics["tp"], metrics["fp"], metrics["fn"], metrics["annotated"]) == (3, 0, 1, 4)
     assert metrics["area_mm2"] == pytest.approx(2 * 128**2 * 0.25e-6)
     assert (metrics["tile_mpp"], metrics["patch_px"]) == (0.5, 128)
+
+
+def test_images_without_annotations_are_told(images, tmp_path, monkeypatch, caplog):
+    """An export lists all images, those that nobody came to among them."""
+    monkeypatch.chdir(ROOT)
+    source = as_coco(tmp_path, "box")
+    content = json.loads(source.read_text())
+    kept = [entry for entry in content["annotations"] if entry["image_id"] == 0]
+    source.write_text(json.dumps({**content, "annotations": kept}))
+    command(source, images, tmp_path, "--mpp", "0.5")
+    assert "1 of 2 images have no annotation and count as free of nuclei" in caplog.text
 
 
 def test_the_radius_is_in_microns(images, tmp_path, monkeypatch):

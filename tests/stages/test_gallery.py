@@ -38,6 +38,14 @@ def test_some_of_all_and_more_with_errors_from_best_to_worst():
     assert _gallery._chosen(images[:12]) == images[:12]
 
 
+@pytest.mark.parametrize("count", [13, 14, 17, 20, 61])
+def test_more_images_than_fit_fill_the_picture(count):
+    images = [with_f1(at, 70) for at in range(1, count + 1)]
+    chosen = [one.counts.f1 for one in _gallery._chosen(images)]
+    assert len(chosen) == 12 and len(set(chosen)) == len(chosen)
+    assert chosen[0] == images[-1].counts.f1 and chosen[-1] == images[0].counts.f1
+
+
 def test_the_part_shown_holds_the_most_errors_and_lies_in_the_image():
     """240 um at 0.5 mpp are 480 px; three misses and a false alarm are together far from one."""
     misses = [(100, 100), (1800, 900), (1900, 950), (1700, 980)]

@@ -80,9 +80,10 @@ def test_without_the_weights_what_was_pulled_stays(caplog):
     first = written()
     Path("net.pt").unlink()
     assert written() == first and "its version is kept" in caplog.text
-    choose("cellvit", weights="gone.pth")
-    with pytest.raises(FileNotFoundError, match=r"detect.cellvit.weights is gone.pth"):
-        index.main()
+    for detector in ("cellvit", "instanseg"):  # another one, and a slip in the path
+        choose(detector, weights="gone.pth")
+        with pytest.raises(FileNotFoundError, match=rf"detect.{detector}.weights is gone.pth"):
+            index.main()
 
 
 def test_no_network_library_is_imported():
