@@ -13,7 +13,7 @@ from typing import Any
 
 from stages.common import cache
 from stages.common.cohort import SPLITS, SlideRow, locate
-from stages.common.slides import entry_file
+from stages.common.slide_files import entry_file
 
 logger = logging.getLogger(__name__)
 
