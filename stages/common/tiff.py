@@ -85,6 +85,16 @@ class Tiles:
         """Whether the level is stored in a way that is read here."""
         return self._levels[level] is not None
 
+    def under(self, level: int, x: int, y: int, width: int, height: int) -> list[int]:
+        """Numbers of the tiles under a region."""
+        rows, columns = _span(self._levels[level], x, y, width, height)
+        across = self._levels[level].columns
+        return [
+            row * across + column
+            for row in range(rows.start, rows.stop)
+            for column in range(columns.start, columns.stop)
+        ]
+
     def samples(self, level: int) -> list[tuple[int, int]]:
         """Corners (x, y) of some tiles, level pixels: those of most detail, and others."""
         found = self._levels[level]
@@ -126,30 +136,8 @@ class Tiles:
                 _paste(pixels, tile, column * tile_width - x, row * tile_height - y)
         return pixels
 
-    def _tile(self, level: int, row: int, column: int) -> np.ndarray | None:
-        at = row * self._levels[level].columns + column
-        tile = self._kept.pop((level, at), None)
-        if tile is None:
-            tile = self._decoded(level, at)
-            if tile is None:
-                return None
-        else:
-            self._kept_bytes -= tile.nbytes
-        waiting = self._waiting.get(level)
-        if waiting is not None:
-            waiting[row, column] -= 1
-        if waiting is None or waiting[row, column] > 0:
-            self._keep((level, at), tile)
-        return tile
-
-    def _keep(self, key: tuple[int, int], tile: np.ndarray) -> None:
-        self._kept[key] = tile
-        self._kept_bytes += tile.nbytes
-        while self._kept_bytes > CACHE_BYTES:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
-
-    def _decoded(self, level: int, at: int) -> np.ndarray | None:
-        """One tile without what lies beyond the level's edge."""
+    def decode(self, level: int, at: int) -> np.ndarray | None:
+        """Tile number `at` without what lies beyond the edge; None: OpenSlide has to judge."""
         found = self._levels[level]
         page = found.page
         length = int(found.lengths[at])
@@ -169,6 +157,28 @@ class Tiles:
         bottom = page.imagelength - row * page.tilelength
         right = page.imagewidth - column * page.tilewidth
         return tile[:bottom, :right]
+
+    def _tile(self, level: int, row: int, column: int) -> np.ndarray | None:
+        at = row * self._levels[level].columns + column
+        tile = self._kept.pop((level, at), None)
+        if tile is None:
+            tile = self.decode(level, at)
+            if tile is None:
+                return None
+        else:
+            self._kept_bytes -= tile.nbytes
+        waiting = self._waiting.get(level)
+        if waiting is not None:
+            waiting[row, column] -= 1
+        if waiting is None or waiting[row, column] > 0:
+            self._keep((level, at), tile)
+        return tile
+
+    def _keep(self, key: tuple[int, int], tile: np.ndarray) -> None:
+        self._kept[key] = tile
+        self._kept_bytes += tile.nbytes
+        while self._kept_bytes > CACHE_BYTES:
+            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
 
 
 def _level(pages: tifffile.TiffPages, extent: tuple[int, int]) -> Level | None:

@@ -33,13 +33,13 @@ def judge(slide: openslide.OpenSlide, corner, level: int, side: int) -> np.ndarr
 def decoded(monkeypatch) -> list[tuple[int, int]]:
     """The tiles that are decoded from now on, (level, number)."""
     found: list[tuple[int, int]] = []
-    real = tiff.Tiles._decoded
+    real = tiff.Tiles.decode
 
     def spy(self, level, at):
         found.append((level, at))
         return real(self, level, at)
 
-    monkeypatch.setattr(tiff.Tiles, "_decoded", spy)
+    monkeypatch.setattr(tiff.Tiles, "decode", spy)
     return found
 
 
@@ -119,9 +119,9 @@ def test_positions_between_pixels_are_left_to_openslide(tmp_path):
 
 def test_a_decoder_that_differs_is_not_used(tmp_path, monkeypatch):
     path = write(tmp_path / "a.svs")
-    real = tiff.Tiles._decoded
+    real = tiff.Tiles.decode
     monkeypatch.setattr(
-        tiff.Tiles, "_decoded", lambda self, level, at: real(self, level, at) ^ np.uint8(1)
+        tiff.Tiles, "decode", lambda self, level, at: real(self, level, at) ^ np.uint8(1)
     )
     with Slide(path) as ours, openslide.OpenSlide(path) as theirs:
         patch = next(ours.patches(np.array([[100, 100]]), 256, 0.25))
