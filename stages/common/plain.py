@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # others may start programs (EPS: Ghostscript)
 BITS_PER_SAMPLE = 258  # TIFF tag
-# The whole image is held in memory, 4 bytes a pixel. Pillow refuses twice this number: 2 GiB.
+# The whole image is held in memory, 4 bytes a pixel. Pillow refuses twice this number, 2 GiB.
 Image.MAX_IMAGE_PIXELS = 1 << 28
 PYRAMID = "convert it to a pyramidal TIFF (vips tiffsave IN OUT.tif --tile --pyramid -c jpeg)"
 

@@ -14,6 +14,7 @@ from stages.common.slide_files import COMPANIONS, content_files
 
 # Pillow would open the thumbnail page of some of these, and pass it for the slide.
 WHOLE_SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"}
+OTHER_SUFFIXES = {".tif", ".tiff", ".dcm", ".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 # Formats that OpenSlide does not know, and what turns them into one that it does.
 CONVERTERS = {
     ".kfb": "KFB2SVS, the converter of KFBIO",
@@ -22,6 +23,12 @@ CONVERTERS = {
     ".tron": "the export of the scanner's viewer, to SVS or TIFF",
     ".isyntax": "isyntax2raw and raw2ometiff",
 }
+
+
+def suffixes() -> set[str]:
+    """Ends of file names that tell a slide, ".svs" for one."""
+    added = {f".{name}" for name in plugins.names("readers")}
+    return WHOLE_SLIDE_SUFFIXES | OTHER_SUFFIXES | set(CONVERTERS) | added
 
 
 def open_file(path: Path) -> Any:

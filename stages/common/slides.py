@@ -18,7 +18,7 @@ from stages.common.slide_files import content_files
 FINER_SHARE = 0.05
 PLAUSIBLE_MPP = (0.02, 40.0)
 ANISOTROPY = 0.02  # largest relative difference of mpp along x and y
-BAND_PX = 1 << 26  # what is read at once to be averaged down: 192 MiB
+BAND_PX = 1 << 25  # what is read at once to be averaged down: 96 MiB
 
 
 class Slide:
@@ -61,7 +61,7 @@ class Slide:
         """RGB pixels of the region whose top-left is (x0, y0).
 
         Reads the coarsest level that is not coarser than `mpp` and averages down to it: all at
-        once, or in bands that begin at whole pixels where that would be over 64 megapixels.
+        once, or in bands that begin at whole pixels where that would be over 32 megapixels.
 
         Raises:
             ValueError: the file is damaged at this place.
