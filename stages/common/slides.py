@@ -1,7 +1,7 @@
 """Open a slide and read it at a resolution given in mpp."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Self
@@ -18,6 +18,7 @@ from stages.common.slide_files import content_files
 FINER_SHARE = 0.05
 PLAUSIBLE_MPP = (0.02, 40.0)
 ANISOTROPY = 0.02  # largest relative difference of mpp along x and y
+Region = Callable[[int, int, int, int, int], np.ndarray]  # `read` of a reader
 BAND_PX = 1 << 25  # what is read at once to be averaged down: 96 MiB
 
 
@@ -67,20 +68,18 @@ class Slide:
             ValueError: the file is damaged at this place.
             FileNotFoundError: the file has vanished.
         """
-        level, width, height = self._extent(width_px, height_px, mpp)
-        bands = min(-(-width * height // BAND_PX), height_px)
-        if bands < 2 or height < 2 * height_px:
-            return _scaled(self._pixels(x0, y0, level, width, height), width_px, height_px)
-        pixels = np.empty((height_px, width_px, 3), np.uint8)
-        edges = np.linspace(0, height_px, bands + 1).astype(int)
-        tops = np.round(edges * height / height_px).astype(int)
-        for band in range(bands):
-            y = y0 + round(tops[band] * self._source.level_downsamples[level])
-            rows = int(tops[band + 1] - tops[band])
-            strip = self._pixels(x0, y, level, width, rows)
-            part = pixels[edges[band] : edges[band + 1]]
-            part[:] = _scaled(strip, width_px, len(part))
-        return pixels
+        return self._averaged(self._source.read, (x0, y0), width_px, height_px, mpp)
+
+    def overview(
+        self, x0: int, y0: int, width_px: int, height_px: int, mpp: float
+    ) -> UInt8[np.ndarray, "height_px width_px 3"]:
+        """As `read`, but up to half a pixel of the level read away, and ten times as fast there.
+
+        To search a slide at low resolution; patches to keep are read by `patches`.
+        """
+        source = self._source
+        reader = source.overview if isinstance(source, Pyramid) else source.read
+        return self._averaged(reader, (x0, y0), width_px, height_px, mpp)
 
     def patches(
         self, corners: Int64[np.ndarray, "patch 2"], patch_px: int, mpp: float
@@ -146,9 +145,30 @@ class Slide:
         shrink = scale / self._source.level_downsamples[level]
         return level, max(1, round(width_px * shrink)), max(1, round(height_px * shrink))
 
-    def _pixels(self, x0: int, y0: int, level: int, width: int, height: int) -> np.ndarray:
+    def _averaged(
+        self, reader: Region, corner: tuple[int, int], width_px: int, height_px: int, mpp: float
+    ) -> np.ndarray:
+        (x0, y0), (level, width, height) = corner, self._extent(width_px, height_px, mpp)
+        bands = min(-(-width * height // BAND_PX), height_px)
+        if bands < 2 or height < 2 * height_px:
+            pixels = self._pixels(reader, x0, y0, level, width, height)
+            return _scaled(pixels, width_px, height_px)
+        pixels = np.empty((height_px, width_px, 3), np.uint8)
+        edges = np.linspace(0, height_px, bands + 1).astype(int)
+        tops = np.round(edges * height / height_px).astype(int)
+        for band in range(bands):
+            y = y0 + round(tops[band] * self._source.level_downsamples[level])
+            rows = int(tops[band + 1] - tops[band])
+            strip = self._pixels(reader, x0, y, level, width, rows)
+            part = pixels[edges[band] : edges[band + 1]]
+            part[:] = _scaled(strip, width_px, len(part))
+        return pixels
+
+    def _pixels(
+        self, reader: Region, x0: int, y0: int, level: int, width: int, height: int
+    ) -> np.ndarray:
         try:
-            return self._source.read(x0, y0, level, width, height)
+            return reader(x0, y0, level, width, height)
         except (ValueError, OSError) as error:
             if not self.path.exists():
                 raise FileNotFoundError(

@@ -107,6 +107,34 @@ def test_levels_between_pixels_are_left_to_openslide(tmp_path):
         assert ours._source._equal == {1: False}
 
 
+def test_an_overview_is_the_levels_own_pixels(tmp_path):
+    """At the nearest whole pixel, where OpenSlide would blend; elsewhere it is what `read` has."""
+    path = write(tmp_path / "a.svs", (2001, 3002))  # a downsample of 4.0023
+    with tifffile.TiffFile(path) as opened:
+        level = opened.pages[1].asarray()
+    with Slide(path) as slide:
+        step = slide._source.level_downsamples[1]
+        for x0, y0 in ((0, 0), (801, 403), (2000, 1502)):
+            x, y = round(x0 / step), round(y0 / step)
+            seen = slide.overview(x0, y0, 90, 70, 0.25 * step)
+            assert np.array_equal(seen, level[y : y + 70, x : x + 90])
+        assert not np.array_equal(seen, slide.read(x0, y0, 90, 70, 0.25 * step))
+        for place in ((33, 17, 90, 70, 0.25), (0, 0, 50, 50, 0.6)):
+            assert np.array_equal(slide.overview(*place), slide.read(*place))
+
+
+@pytest.mark.parametrize("off", [(0, 8, 0), (40, 0, 0)])
+def test_an_overview_of_other_pixels_is_openslides(tmp_path, off, monkeypatch):
+    path = write(tmp_path / "a.svs", (2001, 3002))
+    real = tiff.Tiles.decode
+    monkeypatch.setattr(
+        tiff.Tiles, "decode", lambda *at: np.clip(real(*at).astype(int) + off, 0, 255)
+    )
+    with Slide(path) as slide:
+        place = (801, 403, 90, 70, 0.25 * slide._source.level_downsamples[1])
+        assert np.array_equal(slide.overview(*place), slide.read(*place))
+
+
 def test_positions_between_pixels_are_left_to_openslide(tmp_path):
     path = write(tmp_path / "a.svs")
     with Slide(path) as ours, openslide.OpenSlide(path) as theirs:
