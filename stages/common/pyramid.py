@@ -75,8 +75,8 @@ class Pyramid:
     ) -> UInt8[np.ndarray, "height width 3"]:
         """As `read`, but from the nearest whole pixel of the level, where the tiles are readable.
 
-        Levels of most scanners begin at no whole pixel of level 0: there `read` is OpenSlide's
-        blend of four neighbours, which takes ten times as long.
+        Where a level's pixels are no whole number of level-0 pixels wide, `read` is OpenSlide's
+        blend of four neighbours, which takes several times as long.
         """
         step = self.level_downsamples[level]
         if step == round(step) or min(x0, y0) < 0 or not self._near(level):

@@ -1,6 +1,7 @@
 """Open a slide and read it at a resolution given in mpp."""
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,7 +74,7 @@ class Slide:
     def overview(
         self, x0: int, y0: int, width_px: int, height_px: int, mpp: float
     ) -> UInt8[np.ndarray, "height_px width_px 3"]:
-        """As `read`, but up to half a pixel of the level read away, and ten times as fast there.
+        """As `read`, but up to half a pixel of the level away, where that is several times as fast.
 
         To search a slide at low resolution; patches to keep are read by `patches`.
         """
@@ -170,7 +171,7 @@ class Slide:
         try:
             return reader(x0, y0, level, width, height)
         except (ValueError, OSError) as error:
-            if not self.path.exists():
+            if not os.path.exists(self.path):  # Path.exists raises where a network share is gone
                 raise FileNotFoundError(
                     f"slide {self.path} vanished while it was read: see to its disk or network "
                     "share, and run again"
