@@ -9,6 +9,7 @@ reads itself.
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,6 @@ class Pyramid:
         self.mpp = None if None in found else (float(found[0]), float(found[1]))
         colour = self.properties.get("openslide.background-color", "ffffff")
         self._background = tuple(bytes.fromhex(colour))
-        self._tiles = self._open_tiles()
         self._read_px: dict[int, int] = defaultdict(int)  # by level
         self._equal: dict[int, bool] = {}  # by level: whether the tiles gave OpenSlide's pixels
         self._alike: dict[int, bool] = {}  # by level: whether they did when blended as it does
@@ -53,8 +53,8 @@ class Pyramid:
     def close(self) -> None:
         """Let go of the file."""
         self._slide.close()
-        if self._tiles:
-            self._tiles.close()
+        if tiles := self.__dict__.get("_tiles"):
+            tiles.close()
 
     def read(
         self, x0: int, y0: int, level: int, width: int, height: int
@@ -96,7 +96,9 @@ class Pyramid:
         with self._tiles.expecting(*regions) if fast else nullcontext():
             yield
 
-    def _open_tiles(self) -> tiff.Tiles | None:
+    @cached_property
+    def _tiles(self) -> tiff.Tiles | None:
+        """The file's tiles, opened when they are first asked for."""
         if self.properties["openslide.vendor"] not in FAST_VENDORS:
             return None
         try:
