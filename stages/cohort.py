@@ -123,10 +123,9 @@ def _opened(rows: list[SlideRow]) -> list[SlideRow]:
 
 def _open(row: SlideRow) -> SlideRow:
     path = cohort.locate(row.path)
-    slide = slides.Slide(path, float(row.mpp) if row.mpp else None)
-    slide.probe()
-    digest = digests.digest_of(slides.content_files(path))
-    return replace(row, mpp=repr(slide.mpp), digest=digest)
+    with slides.Slide(path, float(row.mpp) if row.mpp else None) as slide:
+        slide.probe()
+        return replace(row, mpp=repr(slide.mpp), digest=digests.digest_of(slide.files()))
 
 
 def _odd_mpp(rows: list[SlideRow]) -> list[str]:
@@ -151,7 +150,7 @@ def _caught(task: Callable[[SlideRow], SlideRow]) -> Callable[[SlideRow], SlideR
     def attempt(row: SlideRow) -> SlideRow | str:
         try:
             return task(row)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             return str(error)
 
     return attempt

@@ -90,7 +90,7 @@ def make(folder: Path, job: Job) -> None:
         "slide_mpp": slide.mpp,
         "input": row.digest,
     }
-    patches = (slide.read(x0, y0, *[settings.patch_px] * 2, settings.mpp) for x0, y0 in corners)
+    patches = slide.patches(corners, settings.patch_px, settings.mpp)
     store = folder / "patches.zarr"
     stores.create_patches(store, patches, corners, settings.patch_px, attributes, settings.codec)
     _draw(slide, corners, settings, folder / "thumbnail.jpg")

@@ -1,27 +1,26 @@
-"""Open a slide and read it at a resolution given in mpp. The only openslide import.
-
-Whole-slide files are read by OpenSlide; plain images (JPEG, PNG, TIFF that is not a pyramid) are
-read whole by Pillow and look like a slide of one level.
-"""
+"""Open a slide and read it at a resolution given in mpp."""
 
 import math
-import warnings
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Self
 
 import cv2
 import numpy as np
-import openslide
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import Int64, UInt8
+
+from stages.common import readers
+from stages.common.pyramid import Pyramid
+from stages.common.slide_files import content_files
 
 # Scanners of nominal 0.25 mpp write 0.2425 to 0.2629; finer than this share is invention.
 FINER_SHARE = 0.05
 PLAUSIBLE_MPP = (0.02, 40.0)
 ANISOTROPY = 0.02  # largest relative difference of mpp along x and y
-# Pillow would open the thumbnail page of some of these, and pass it for the slide.
-WHOLE_SLIDE_SUFFIXES = {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide"}
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # others may start programs (EPS: Ghostscript)
-BITS_PER_SAMPLE = 258  # TIFF tag
-Image.MAX_IMAGE_PIXELS = 1 << 29
+Region = Callable[[int, int, int, int, int], np.ndarray]  # `read` of a reader
+BAND_PX = 1 << 25  # what is read at once to be averaged down: 96 MiB
 
 
 class Slide:
@@ -38,40 +37,76 @@ class Slide:
         """Open the file; `mpp`, when given, overrides what the file says of itself.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file, or one that belongs to it is missing.
+            ImportError: the package that reads this format is not installed.
+            PermissionError: the file may not be read.
             ValueError: the file is empty, damaged, of no known format, or its mpp is not known.
         """
         self.path = path
-        self._source = _open(path)
+        self._source = readers.open_file(path)
         self.width_px, self.height_px = self._source.level_dimensions[0]
-        self.mpp = _checked_mpp(path, mpp if mpp is not None else _mpp_of(self._source, path))
+        self.mpp = _checked_mpp(path, mpp if mpp is not None else _mpp_of(self._source.mpp, path))
 
-    def read(self, x0: int, y0: int, width_px: int, height_px: int, mpp: float) -> np.ndarray:
-        """RGB pixels, uint8 [height_px, width_px, 3], of the region whose top-left is (x0, y0).
+    def __enter__(self) -> Self:
+        return self
 
-        Reads the coarsest level that is not coarser than `mpp` and averages down to it exactly.
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; it happens too when the slide is no longer in use."""
+        self._source.close()
+
+    def read(
+        self, x0: int, y0: int, width_px: int, height_px: int, mpp: float
+    ) -> UInt8[np.ndarray, "height_px width_px 3"]:
+        """RGB pixels of the region whose top-left is (x0, y0).
+
+        Reads the coarsest level that is not coarser than `mpp` and averages down to it: all at
+        once, or in bands that begin at whole pixels where that would be over 32 megapixels.
 
         Raises:
             ValueError: the file is damaged at this place.
+            FileNotFoundError: the file has vanished.
         """
-        scale = mpp / self.mpp
-        level = self._source.get_best_level_for_downsample(scale * (1 + 1e-3))
-        downsample = self._source.level_downsamples[level]
-        width = max(1, round(width_px * scale / downsample))
-        height = max(1, round(height_px * scale / downsample))
-        try:
-            region = self._source.read_region((x0, y0), level, (width, height))
-        except (openslide.OpenSlideError, OSError) as error:
-            place = f"at ({x0}, {y0}), level {level}"
-            raise ValueError(f"slide {self.path.name} is damaged {place}: {error}") from None
-        pixels = _opaque(region, self._source.properties.get("openslide.background-color"))
-        if (width, height) == (width_px, height_px):
-            return pixels
-        shrink = cv2.INTER_AREA if width > width_px else cv2.INTER_CUBIC
-        return cv2.resize(pixels, (width_px, height_px), interpolation=shrink)
+        return self._averaged(self._source.read, (x0, y0), width_px, height_px, mpp)
 
-    def thumbnail(self, longest_px: int) -> np.ndarray:
-        """The whole slide, uint8 RGB, its longer side at most `longest_px`."""
+    def overview(
+        self, x0: int, y0: int, width_px: int, height_px: int, mpp: float
+    ) -> UInt8[np.ndarray, "height_px width_px 3"]:
+        """As `read`, but up to half a pixel of the level away, where that is several times as fast.
+
+        To search a slide at low resolution; patches to keep are read by `patches`.
+        """
+        source = self._source
+        reader = source.overview if isinstance(source, Pyramid) else source.read
+        return self._averaged(reader, (x0, y0), width_px, height_px, mpp)
+
+    def patches(
+        self, corners: Int64[np.ndarray, "patch 2"], patch_px: int, mpp: float
+    ) -> Iterator[UInt8[np.ndarray, "patch_px patch_px 3"]]:
+        """The patches whose top-left corners (x0, y0) are given, in that order, as `read` has them.
+
+        Where the corners come row by row, each of a TIFF's tiles is decoded once, and kept until
+        the last patch that it touches: 256 MiB at most, whatever the slide's width.
+
+        Raises:
+            ValueError: the file is damaged at one of the places.
+            FileNotFoundError: the file has vanished.
+        """
+        level, width, height = self._extent(patch_px, patch_px, mpp)
+        source = self._source
+        tiled = isinstance(source, Pyramid)
+        with source.expecting(corners, level, width, height) if tiled else nullcontext():
+            for x0, y0 in corners:
+                yield self.read(int(x0), int(y0), patch_px, patch_px, mpp)
+
+    def files(self) -> list[Path]:
+        """Every file that holds pixels of the slide."""
+        return content_files(self.path)
+
+    def thumbnail(self, longest_px: int) -> UInt8[np.ndarray, "height width 3"]:
+        """The whole slide, its longer side at most `longest_px`."""
         scale = max(1.0, max(self.width_px, self.height_px) / longest_px)
         width, height = (max(1, int(side / scale)) for side in (self.width_px, self.height_px))
         return self.read(0, 0, width, height, self.mpp * scale)
@@ -99,82 +134,61 @@ class Slide:
                 f"invented: raise tile.mpp to {math.ceil(self.mpp * 100) / 100:g} or more"
             )
 
+    def _extent(self, width_px: int, height_px: int, mpp: float) -> tuple[int, int, int]:
+        """The level to read for regions of this size, and their width and height there."""
+        scale = mpp / self.mpp
+        fine = [
+            level
+            for level, downsample in enumerate(self._source.level_downsamples)
+            if downsample <= scale * (1 + 1e-3)
+        ]
+        level = max(fine, default=0)
+        shrink = scale / self._source.level_downsamples[level]
+        return level, max(1, round(width_px * shrink)), max(1, round(height_px * shrink))
 
-class _Plain:
-    """A plain image with the part of OpenSlide's interface that `Slide` uses."""
+    def _averaged(
+        self, reader: Region, corner: tuple[int, int], width_px: int, height_px: int, mpp: float
+    ) -> np.ndarray:
+        (x0, y0), (level, width, height) = corner, self._extent(width_px, height_px, mpp)
+        bands = min(-(-width * height // BAND_PX), height_px)
+        if bands < 2 or height < 2 * height_px:
+            pixels = self._pixels(reader, x0, y0, level, width, height)
+            return _scaled(pixels, width_px, height_px)
+        pixels = np.empty((height_px, width_px, 3), np.uint8)
+        edges = np.linspace(0, height_px, bands + 1).astype(int)
+        tops = np.round(edges * height / height_px).astype(int)
+        for band in range(bands):
+            y = y0 + round(tops[band] * self._source.level_downsamples[level])
+            rows = int(tops[band + 1] - tops[band])
+            strip = self._pixels(reader, x0, y, level, width, rows)
+            part = pixels[edges[band] : edges[band + 1]]
+            part[:] = _scaled(strip, width_px, len(part))
+        return pixels
 
-    level_downsamples = (1.0,)
-
-    def __init__(self, path: Path) -> None:
-        self.properties: dict[str, str] = {}
-        if path.suffix.lower() in WHOLE_SLIDE_SUFFIXES:
-            raise ValueError(
-                f"slide {path.name} is damaged, OpenSlide does not know it: copy it again"
-            )
+    def _pixels(
+        self, reader: Region, x0: int, y0: int, level: int, width: int, height: int
+    ) -> np.ndarray:
         try:
-            # Pillow warns of damaged EXIF blocks, which are not pixels.
-            with (
-                warnings.catch_warnings(action="ignore"),
-                Image.open(path, formats=FORMATS) as image,
-            ):
-                self._image = _eight_bit(image, path)
-        except UnidentifiedImageError:
+            return reader(x0, y0, level, width, height)
+        except (ValueError, OSError) as error:
+            if not os.path.exists(self.path):  # Path.exists raises where a network share is gone
+                raise FileNotFoundError(
+                    f"slide {self.path} vanished while it was read: see to its disk or network "
+                    "share, and run again"
+                ) from None
+            place = f"at ({x0}, {y0}), level {level}"
             raise ValueError(
-                f"slide {path.name} is damaged or of no format that OpenSlide or Pillow reads: "
-                "copy it again, convert it to a pyramidal TIFF, or take it out of the cohort"
+                f"slide {self.path.name} is damaged {place}: {error}; copy it again, or take it "
+                "out of the cohort"
             ) from None
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"slide {path.name} is damaged: {error}; copy it again") from None
-        self.level_dimensions = (self._image.size,)
-
-    def get_best_level_for_downsample(self, downsample: float) -> int:
-        return 0
-
-    def read_region(
-        self, location: tuple[int, int], level: int, extent: tuple[int, int]
-    ) -> Image.Image:
-        (x0, y0), (width, height) = location, extent
-        return self._image.crop((x0, y0, x0 + width, y0 + height))
 
 
-def content_files(path: Path) -> list[Path]:
-    """Every file that holds pixels of the slide: MRXS and DICOM slides are folders of files."""
-    if path.suffix.lower() == ".mrxs":
-        return [path, *sorted(path.with_suffix("").glob("*"))]
-    if path.suffix.lower() == ".dcm":
-        return sorted(path.parent.glob("*.dcm"))
-    return [path]
-
-
-def entry_file(path: Path) -> Path:
-    """The file to open for a path that may be a DICOM folder."""
-    if not path.is_dir():
-        return path
-    files = sorted(path.glob("*.dcm"))
-    if not files:
-        raise ValueError(f"slide {path.name} is a folder without .dcm files: name a slide file")
-    return files[0]
-
-
-def _open(path: Path) -> "openslide.OpenSlide | _Plain":
-    if not path.is_file():
-        raise FileNotFoundError(f"no slide file {path}: restore it, or take it out of the cohort")
-    if path.stat().st_size == 0:
-        raise ValueError(f"slide {path.name} has 0 bytes: copy it again")
-    try:
-        vendor = openslide.OpenSlide.detect_format(path)
-        return openslide.OpenSlide(path) if vendor else _Plain(path)
-    except openslide.OpenSlideError as error:
-        raise ValueError(f"slide {path.name} is damaged: {error}; copy it again") from None
-
-
-def _mpp_of(source: "openslide.OpenSlide | _Plain", path: Path) -> float:
-    found = [source.properties.get(name) for name in ("openslide.mpp-x", "openslide.mpp-y")]
-    if None in found:
+def _mpp_of(found: tuple[float, float] | None, path: Path) -> float:
+    if found is None:
         raise ValueError(
             f"slide {path.name} has no mpp in its metadata: give it in the labels file, column mpp"
         )
-    x, y = (float(value) for value in found)
+    x, y = found
     if abs(x - y) > ANISOTROPY * max(x, y):
         raise ValueError(f"slide {path.name} is {x} by {y} mpp: its pixels must be square")
     return (x + y) / 2
@@ -190,22 +204,8 @@ def _checked_mpp(path: Path, mpp: float) -> float:
     return mpp
 
 
-def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
-    tags = getattr(image, "tag_v2", {})
-    if image.mode.startswith(("I", "F")) or max(tags.get(BITS_PER_SAMPLE, (8,))) > 8:
-        raise ValueError(f"slide {path.name} has 16 or 32 bits a channel: convert it to 8 bits")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _opaque(region: Image.Image, background: str | None) -> np.ndarray:
-    """RGB of a region; places that were never scanned take the slide's background colour."""
-    if region.mode == "RGB":
-        return np.asarray(region)
-    pixels = np.asarray(region)
-    if pixels[..., 3].min() == 255:
-        return np.ascontiguousarray(pixels[..., :3])
-    plain = Image.new("RGBA", region.size, f"#{background}" if background else "white")
-    return np.asarray(Image.alpha_composite(plain, region).convert("RGB"))
+def _scaled(pixels: np.ndarray, width_px: int, height_px: int) -> np.ndarray:
+    if pixels.shape[:2] == (height_px, width_px):
+        return pixels
+    kind = cv2.INTER_AREA if pixels.shape[1] > width_px else cv2.INTER_CUBIC
+    return cv2.resize(pixels, (width_px, height_px), interpolation=kind)

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from stages.common import cohort
-from stages.common.slides import FORMATS
+from stages.common.plain import FORMATS
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp"}
 NAMED = 3  # examples in a message

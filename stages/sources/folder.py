@@ -1,24 +1,30 @@
 """A folder of slides and a CSV of labels: the user's own cohort.
 
-The CSV has the columns slide (path within the folder) and label, and may have patient, slide_id,
-mpp and split (train, val, test). Without patient each slide is a patient of its own.
+The CSV has the columns slide and label, and may have patient, slide_id, mpp and split (train, val,
+test). Without patient each slide is a patient of its own. A slide is named by its path within the
+folder, or by its name alone, with its suffix or without, where it is the only one of that name in
+the folder and those below it. A DICOM slide is a folder, an MRXS slide its `.mrxs` file.
 """
 
 import csv
 import difflib
+import functools
 import logging
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from stages.common import cache
+from stages.common import cache, readers
 from stages.common.cohort import SPLITS, SlideRow, locate
-from stages.common.slides import entry_file
+from stages.common.slide_files import entry_file
 
 logger = logging.getLogger(__name__)
 
 LINE = " line"  # no column can be called so: names are stripped
 REQUIRED = ("slide", "label")
+Named = dict[str, list[Path]]
 KNOWN = (*REQUIRED, "patient", "slide_id", "mpp", "split")
 
 
@@ -41,11 +47,12 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {params.slides}: put slides there or set cohort.folder")
     table = _read(labels)
+    named = functools.cache(lambda: _by_name(folder))  # one walk, and only where it is needed
     problems: list[str] = []
     rows = []
     for record in table:
         try:
-            rows.append(_row(record, folder))
+            rows.append(_row(record, folder, named))
         except (ValueError, FileNotFoundError) as error:
             problems.append(f"line {record[LINE]}: {error}")
     if problems:
@@ -98,29 +105,59 @@ def _clean(record: dict[str | None, Any], line: int) -> dict[str, str]:
     return {**fields, LINE: str(line)}
 
 
-def _row(record: dict[str, str], folder: Path) -> SlideRow:
-    relative = PurePosixPath(record["slide"])
+def _row(record: dict[str, str], folder: Path, named: Callable[[], Named]) -> SlideRow:
+    relative = PurePosixPath(record["slide"].replace("\\", "/"))
     if not record["slide"]:
         raise ValueError("column slide is empty: give the path of the slide within the folder")
     if relative.is_absolute() or ".." in relative.parts:
         raise ValueError(f"slide {relative} lies outside {folder}: give a path within it")
-    if not (folder / relative).exists():
-        raise FileNotFoundError(f"slide {relative} is not in {folder}: correct it or copy the file")
+    file = _found(relative, folder, named)
     if not record["label"]:
         raise ValueError(f"slide {relative} has no label: give one, or take the slide out")
     if record.get("split") and record["split"] not in SPLITS:
         choice = ", ".join(SPLITS)
         raise ValueError(f"slide {relative} has split {record['split']!r}: choose of {choice}")
-    slide_id = record.get("slide_id") or relative.stem
+    slide_id = record.get("slide_id") or _name_of(relative)
     return SlideRow(
         slide_id=slide_id,
-        path=portable(entry_file(folder / relative)),
+        path=portable(file),
         label=record["label"],
         patient=record.get("patient") or slide_id,
         split=record.get("split", ""),
         mpp=_mpp(record.get("mpp", ""), str(relative)),
         digest="",
     )
+
+
+def _found(relative: PurePosixPath, folder: Path, named: Callable[[], Named]) -> Path:
+    """The file of a slide given by its path, or by its name alone."""
+    if (folder / relative).exists():
+        return entry_file(folder / relative)
+    found = named().get(str(relative), [])
+    if len(found) > 1:
+        places = " and ".join(str(file.relative_to(folder)) for file in found[:2])
+        raise ValueError(f"slide {relative} may be {places}: give its path within {folder}")
+    if not found:
+        raise FileNotFoundError(f"slide {relative} is not in {folder}: correct it or copy the file")
+    return entry_file(found[0])
+
+
+def _by_name(folder: Path) -> Named:
+    """Slides in a folder and below it, by file name and by name without suffix."""
+    known, found = readers.suffixes(), defaultdict(list)
+    for file in sorted(folder.rglob("*")):
+        suffix = file.suffix.lower()
+        if suffix in known:
+            found[file.name].append(file)
+            slide = file.parent if suffix == ".dcm" and file.parent != folder else file
+            if slide not in found[_name_of(slide)]:
+                found[_name_of(slide)].append(slide)
+    return found
+
+
+def _name_of(path: PurePath) -> str:
+    """A slide's name without its suffix; other dots are part of it."""
+    return path.stem if path.suffix.lower() in readers.suffixes() else path.name
 
 
 def _mpp(text: str, slide: str) -> str:

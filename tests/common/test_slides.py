@@ -3,7 +3,7 @@ import pytest
 import tifffile
 from PIL import Image
 
-from stages.common import slides
+from stages.common import slide_files, slides
 
 
 def pyramid(path, mpp=0.25, side=1024):
@@ -131,14 +131,14 @@ def test_missing_files_and_empty_dicom_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no slide file .*a\.svs"):
         slides.Slide(tmp_path / "a.svs")
     with pytest.raises(ValueError, match="a folder without .dcm files"):
-        slides.entry_file(tmp_path)
+        slide_files.entry_file(tmp_path)
 
 
 @pytest.mark.parametrize(
     "name", ["CMU-1-Small-Region.svs", "CMU-1-Small-Region.jpeg.tiff", "CMU-1-Small-Region-dicom"]
 )
 def test_one_real_slide_in_three_formats_reads_alike(shared_data, name):
-    path = slides.entry_file(shared_data / "wsi" / name)
+    path = slide_files.entry_file(shared_data / "wsi" / name)
     slide = slides.Slide(path, 0.499)
     assert (slide.width_px, slide.height_px) == (2220, 2967)
     judge = slides.Slide(shared_data / "wsi" / "CMU-1-Small-Region.svs")
@@ -154,9 +154,9 @@ def test_one_real_slide_in_three_formats_reads_alike(shared_data, name):
 
 
 def test_dicom_and_mrxs_content_is_all_their_files(shared_data, tmp_path):
-    entry = slides.entry_file(shared_data / "wsi" / "CMU-1-Small-Region-dicom")
-    assert len(slides.content_files(entry)) == 4
+    entry = slide_files.entry_file(shared_data / "wsi" / "CMU-1-Small-Region-dicom")
+    assert len(slide_files.content_files(entry)) == 4
     (tmp_path / "a").mkdir()
     for name in ("a.mrxs", "a/Data0000.dat", "a/Slidedat.ini"):
         (tmp_path / name).touch()
-    assert len(slides.content_files(tmp_path / "a.mrxs")) == 3
+    assert len(slide_files.content_files(tmp_path / "a.mrxs")) == 3
