@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # others may start programs (EPS: Ghostscript)
 BITS_PER_SAMPLE = 258  # TIFF tag
@@ -66,8 +66,12 @@ class Plain:
 
 def _eight_bit(image: Image.Image, path: Path) -> Image.Image:
     tags = getattr(image, "tag_v2", {})
-    if image.mode.startswith(("I", "F")) or max(tags.get(BITS_PER_SAMPLE, (8,))) > 8:
+    bits = max(tags.get(BITS_PER_SAMPLE, (8,)))
+    # Pillow drops the low byte of colour PNGs: 12-bit data would be nearly black.
+    halved = any(";16" in str(tile.args) for tile in image.tile)
+    if image.mode.startswith(("I", "F")) or bits > 8 or halved:
         raise ValueError(f"slide {path.name} has 16 or 32 bits a channel: convert it to 8 bits")
+    ImageOps.exif_transpose(image, in_place=True)  # upright, as viewers and annotators show it
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -85,11 +86,24 @@ def test_refuses_formats_that_start_programs(tmp_path):
         slides.Slide(tmp_path / "a.eps", 0.25)
 
 
+def test_a_photo_stands_upright_as_viewers_show_it(tmp_path):
+    upright = np.random.default_rng(0).integers(0, 255, (7, 11, 3), np.uint8)
+    turned, exif = Image.fromarray(np.rot90(upright)), Image.Exif()
+    exif[274] = 6  # to be turned clockwise
+    turned.save(tmp_path / "photo.png", exif=exif)
+    slide = slides.Slide(tmp_path / "photo.png", 0.5)
+    assert (slide.width_px, slide.height_px) == (11, 7)
+    assert np.array_equal(slide.read(0, 0, 11, 7, 0.5), upright)
+
+
 def test_refuses_16_bits(tmp_path):
     tifffile.imwrite(tmp_path / "deep.tif", np.zeros((9, 9, 3), np.uint16), photometric="rgb")
     with pytest.raises(ValueError, match="16 or 32 bits a channel"):
         slides.Slide(tmp_path / "deep.tif", 0.25)
     Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="16 or 32 bits a channel"):
+        slides.Slide(tmp_path / "deep.png", 0.5)
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((9, 9, 3), 4095, np.uint16))
     with pytest.raises(ValueError, match="16 or 32 bits a channel"):
         slides.Slide(tmp_path / "deep.png", 0.25)
 
