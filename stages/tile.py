@@ -59,7 +59,7 @@ def main(target: Path = Path("data/tile")) -> None:
     jobs = [_job(row, settings, seed) for row in cohort.read_rows()]
     decisive = {**asdict(settings), "seed": seed}
     perslide.run("tile", make, jobs, target, code=("stages.tile",), settings=decisive)
-    counts = [len(stores.open_patches(target / job.slide_id / "patches.zarr")) for job in jobs]
+    counts = [stores.count_patches(target / job.slide_id / "patches.zarr") for job in jobs]
     metrics = {"slides": len(jobs), "patches": sum(counts), "fewest_patches": min(counts)}
     run.write_metrics(target / "metrics.json", metrics)
     logger.info("tile: %d patches", sum(counts))
