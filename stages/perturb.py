@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from cytossl_core.perturbation import near_points, perturb
-from stages.common import cache, headers, params, perslide, pictures, run, stores
+from stages.common import appetite, cache, disk, headers, params, perslide, pictures, run, stores
 from stages.common.perslide import Job
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,15 @@ def main(
     names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
     jobs = [_job(name, source / name, nuclei / name, settings, seed) for name in names]
     decisive = {**asdict(settings), "seed": seed}
-    perslide.run("perturb", make, jobs, target, code=("stages.perturb",), settings=decisive)
+    perslide.run(
+        "perturb",
+        make,
+        jobs,
+        target,
+        code=("stages.perturb",),
+        settings=decisive,
+        needs=lambda missing: _needs(missing, settings.store),
+    )
     metrics = _metrics([target / name for name in names])
     if not metrics["views"]:
         raise ValueError(
@@ -92,6 +100,12 @@ def _job(name: str, tiles: Path, found: Path, settings: PerturbParams, seed: int
     inputs = (cache.content(tiles), cache.content(found))
     arguments = {"tiles": tiles.resolve(), "nuclei": found.resolve()}
     return Job(name, inputs, {**arguments, "params": settings, "seed": seed})
+
+
+def _needs(jobs: list[Job], store: str) -> disk.Needs:
+    tiles = [job.arguments["tiles"] for job in jobs]
+    shuffled = appetite.shuffled_bytes(tiles) if store == "pixels" else 0.0
+    return appetite.perturb(len(jobs), appetite.cut_patches(tiles), shuffled, store)
 
 
 def _metrics(folders: list[Path]) -> dict[str, float]:
