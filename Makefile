@@ -1,13 +1,14 @@
 # make repro   set up and run the pipeline        make test          set up and run every test
 # make paper   put the paper's params in place    make cache-import  after `dvc pull`: refill the cache
 # make lock    pin the dependencies anew          make bench         measure; figures: BENCHMARKS.md
+# make estimate  what the run will take on the disks
 
 PYTHON ?= python3
 BIN := .venv/bin
 # DVC runs the stages' `python`: it must be the environment's, also in the temporary copies.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup repro test lint paper cache-import lock bench
+.PHONY: setup repro test lint paper cache-import estimate lock bench
 
 setup: .venv/.locked
 
@@ -34,6 +35,9 @@ paper: setup
 
 cache-import: setup
 	python -m stages.common.cache
+
+estimate: setup
+	@python -m stages.estimate
 
 bench: setup
 	python -m benchmarks.chain

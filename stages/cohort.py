@@ -182,9 +182,9 @@ def _draw(
     """Move a share of each class's patients from one split to another, at least one of each."""
     moved = dict(given)
     by_label: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        if given[row.patient] == from_:
-            by_label[_patient_label(rows, row.patient)].add(row.patient)
+    for patient, label in _patient_labels(rows).items():
+        if given[patient] == from_:
+            by_label[label].add(patient)
     for label in sorted(by_label):
         patients = sorted(by_label[label])
         random.Random(f"{seed}:{label}").shuffle(patients)
@@ -193,11 +193,16 @@ def _draw(
     return moved
 
 
-def _patient_label(rows: list[SlideRow], patient: str) -> str:
+def _patient_labels(rows: list[SlideRow]) -> dict[str, str]:
     """A patient's rarest label decides, so that no class is lost among mixed patients."""
     counts = Counter(row.label for row in rows)
-    labels = {row.label for row in rows if row.patient == patient}
-    return min(labels, key=lambda label: (counts[label], label))
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row.patient].add(row.label)
+    return {
+        patient: min(own, key=lambda label: (counts[label], label))
+        for patient, own in labels.items()
+    }
 
 
 def _check_splits(rows: list[SlideRow]) -> None:

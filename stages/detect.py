@@ -26,7 +26,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 
-from stages.common import cache, devices, params, perslide, plugins, quality, run, stores, tally
+from stages.common import (
+    appetite,
+    cache,
+    devices,
+    params,
+    perslide,
+    plugins,
+    quality,
+    run,
+    stores,
+    tally,
+)
 from stages.common.perslide import Job
 from stages.detectors import Detection, Detector, _batches, _overlay
 
@@ -79,6 +90,7 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
         },
         processes=devices.count() if detector.device.startswith("cuda") else None,
         unit="patches",
+        needs=lambda missing: appetite.detect(len(missing), sum(job.work for job in missing)),
     )
     metrics = quality.write(target, names)
     run.write_metrics(target / "metrics.json", metrics)

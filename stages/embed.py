@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
-from stages.common import cache, encoders, params, perslide, run, stores
+from stages.common import appetite, cache, disk, encoders, params, perslide, run, stores
 from stages.common.encoders import EncoderSpec
 from stages.common.perslide import Job
 
@@ -72,7 +72,21 @@ def main(source: Path, encoder: Path, target: Path, settings: EmbedParams) -> No
         for folder in folders
     ]
     decisive = {"batch": settings.batch, "central_crop": settings.central_crop}
-    perslide.run("embed", make, jobs, target, code=("stages.embed",), settings=decisive)
+    perslide.run(
+        "embed",
+        make,
+        jobs,
+        target,
+        code=("stages.embed",),
+        settings=decisive,
+        needs=lambda missing: _needs(missing, encoder, settings.central_crop),
+    )
+
+
+def _needs(jobs: list[Job], encoder: Path, crop: bool) -> disk.Needs:
+    count = appetite.cut_patches([job.arguments["patches"].parent for job in jobs])
+    model = encoders.build(encoders.describe(encoder)["spec"], empty=True)
+    return appetite.embed(len(jobs), count, model.num_features, crop)
 
 
 def make(folder: Path, job: Job) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from cytossl_core.perturbation import near_points, perturb
-from stages.common import cache, params, perslide, pictures, run, stores, viewset
+from stages.common import appetite, cache, disk, headers, params, perslide, pictures, run, stores
 from stages.common.perslide import Job
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,16 @@ def main(
     names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
     jobs = [_job(name, source / name, nuclei / name, settings, seed) for name in names]
     decisive = {**asdict(settings), "seed": seed}
-    perslide.run("perturb", make, jobs, target, code=("stages.perturb",), settings=decisive)
-    metrics = _metrics([target / name for name in names], source)
+    perslide.run(
+        "perturb",
+        make,
+        jobs,
+        target,
+        code=("stages.perturb",),
+        settings=decisive,
+        needs=lambda missing: _needs(missing, settings.store),
+    )
+    metrics = _metrics([target / name for name in names])
     if not metrics["views"]:
         raise ValueError(
             f"none of {len(names)} slides has a nucleus in any patch: look at {nuclei}/*/"
@@ -94,15 +102,24 @@ def _job(name: str, tiles: Path, found: Path, settings: PerturbParams, seed: int
     return Job(name, inputs, {**arguments, "params": settings, "seed": seed})
 
 
-def _metrics(folders: list[Path], tiles: Path) -> dict[str, float]:
-    views = [viewset.open_slide(folder, tiles / folder.name) for folder in folders]
-    count = sum(len(store) for store in views)
-    kept = sum(store.attributes["pixels_kept"] * len(store) for store in views)
+def _needs(jobs: list[Job], store: str) -> disk.Needs:
+    tiles = [job.arguments["tiles"] for job in jobs]
+    shuffled = appetite.shuffled_bytes(tiles) if store == "pixels" else 0.0
+    return appetite.perturb(len(jobs), appetite.cut_patches(tiles), shuffled, store)
+
+
+def _metrics(folders: list[Path]) -> dict[str, float]:
+    """Of all slides, from what stands at the head of their stores: thousands are quickly read."""
+    found = [path for folder in folders for path in folder.glob("*.zarr")]
+    attributes = [headers.attributes(path) for path in found]
+    views = [headers.length(path, "source") for path in found]
+    count = sum(views)
+    kept = sum(one["pixels_kept"] * own for one, own in zip(attributes, views, strict=True))
     return {
-        "slides": len(views),
+        "slides": len(found),
         "views": count,
-        "points": sum(len(store.arrays["point"]) for store in views),
-        "patches_without_nuclei": sum(store.attributes["patches_unused"] for store in views),
+        "points": sum(headers.length(path, "point") for path in found),
+        "patches_without_nuclei": sum(one["patches_unused"] for one in attributes),
         "pixels_kept": kept / count if count else 0.0,
     }
 

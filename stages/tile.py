@@ -20,7 +20,18 @@ from typing import Literal
 import cv2
 import numpy as np
 
-from stages.common import cohort, params, perslide, pictures, run, slides, stores
+from stages.common import (
+    appetite,
+    cohort,
+    disk,
+    params,
+    perslide,
+    pictures,
+    portions,
+    run,
+    slides,
+    stores,
+)
 from stages.common.perslide import Job
 
 logger = logging.getLogger(__name__)
@@ -58,8 +69,16 @@ def main(target: Path = Path("data/tile")) -> None:
     seed = params.load(params.Top).seed
     jobs = [_job(row, settings, seed) for row in cohort.read_rows()]
     decisive = {**asdict(settings), "seed": seed}
-    perslide.run("tile", make, jobs, target, code=("stages.tile",), settings=decisive)
-    counts = [len(stores.open_patches(target / job.slide_id / "patches.zarr")) for job in jobs]
+    perslide.run(
+        "tile",
+        make,
+        jobs,
+        target,
+        code=("stages.tile",),
+        settings=decisive,
+        needs=lambda missing: _needs(missing, settings),
+    )
+    counts = [stores.count_patches(target / job.slide_id / "patches.zarr") for job in jobs]
     metrics = {"slides": len(jobs), "patches": sum(counts), "fewest_patches": min(counts)}
     run.write_metrics(target / "metrics.json", metrics)
     logger.info("tile: %d patches", sum(counts))
@@ -67,6 +86,11 @@ def main(target: Path = Path("data/tile")) -> None:
 
 def _job(row: cohort.SlideRow, settings: TileParams, seed: int) -> Job:
     return Job(row.slide_id, (row.digest, row.mpp), {"row": row, "params": settings, "seed": seed})
+
+
+def _needs(jobs: list[Job], settings: TileParams) -> disk.Needs:
+    found = portions.portion([job.arguments["row"] for job in jobs], settings)
+    return appetite.tile(len(jobs), len(jobs) * found.patches, found.stored, settings)
 
 
 def make(folder: Path, job: Job) -> None:

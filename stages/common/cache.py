@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 MADE = "made.json"
+COMPARED_BYTES = 1 << 16  # files up to this length are compared, where they are not one
 PICTURES = {".jpg", ".png"}  # for people: they are not read by later stages
 
 
@@ -87,7 +89,7 @@ def arrange(results: dict[str, Path], target: Path) -> None:
         for one in list(found):
             if not one.is_dir(follow_symlinks=False):
                 os.unlink(one.path)
-            elif one.name not in results or _inodes(one.path) != _inodes(results[one.name]):
+            elif one.name not in results or not _same(one.path, str(results[one.name])):
                 shutil.rmtree(one.path)
     there = set(os.listdir(target))
     for name, source in results.items():
@@ -95,16 +97,32 @@ def arrange(results: dict[str, Path], target: Path) -> None:
             link(source, target / name)
 
 
-def _inodes(folder: str | Path, inside: str = "") -> set[tuple[str, int]]:
-    """Each file with its inode, which hard links share: equal sets are equal results."""
-    files = set()
-    with os.scandir(folder) as found:
-        for one in found:
-            if one.is_dir(follow_symlinks=False):
-                files |= _inodes(one.path, f"{inside}{one.name}/")
-            else:
-                files.add((inside + one.name, one.inode()))
-    return files
+def _same(folder: str, source: str) -> bool:
+    """Whether a folder holds the files of a finished result, those and no others."""
+    with os.scandir(folder) as here, os.scandir(source) as there:
+        found, wanted = ({one.name: one for one in some} for some in (here, there))
+    return found.keys() == wanted.keys() and all(
+        _same(one.path, wanted[name].path)
+        if one.is_dir(follow_symlinks=False) and wanted[name].is_dir()
+        else _same_file(one.path, wanted[name].path)
+        for name, one in found.items()
+    )
+
+
+def _same_file(first: str, second: str) -> bool:
+    """Whether two files are one by a hard link, or equal.
+
+    DVC links files of equal bytes to one object, so that small ones lose the link to their result;
+    a copy on another disk has its original's time. To link those anew would cost every slide.
+    """
+    one, other = os.lstat(first), os.lstat(second)
+    if (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino):
+        return True
+    if one.st_size != other.st_size or not stat.S_ISREG(one.st_mode):
+        return False
+    if one.st_size <= COMPARED_BYTES:
+        return Path(first).read_bytes() == Path(second).read_bytes()
+    return one.st_mtime_ns == other.st_mtime_ns
 
 
 def link(source: Path, target: Path) -> None:

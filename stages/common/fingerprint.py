@@ -18,6 +18,9 @@ ENGINE = frozenset(
     for name in (
         "common.perslide",
         "common.cluster",
+        "common.disk",
+        "common.appetite",
+        "common.portions",
         "common.cache",
         "common.digests",
         "common.fingerprint",

@@ -80,7 +80,7 @@ def section_of(section: str, path: Path = Path("params.yaml")) -> dict[str, Any]
 
 def _parse(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     except yaml.YAMLError as error:
         place = str(error).replace("\n", " ")
         raise ValueError(f"{path} is not YAML: {place}; mend it or restore the file") from None

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stages.common import cache, cluster, devices, fingerprint, params
+from stages.common import cache, cluster, devices, disk, fingerprint, params
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def run(
     processes: int | None = None,
     unit: str = "",
     noun: str = "slide",
+    needs: Callable[[list[Job]], disk.Needs] | None = None,
 ) -> None:
     """Bring every job's result to `target/<slide_id>/`, making only what the cache lacks.
 
@@ -62,8 +63,10 @@ def run(
         processes: At most so many at once on this machine, as for one a GPU; None: one a core.
         unit: What `Job.work` counts; the progress bar tells how many a second. Empty: `noun`.
         noun: What a job is.
+        needs: What the results of some jobs take on the disk; asked of those that are missing.
 
     Raises:
+        OSError: the disk has less room than they need.
         ValueError: slides failed; all others are in the cache, and a rerun makes only those.
     """
     engine = params.load(cluster.EngineParams, "engine")
@@ -78,6 +81,8 @@ def run(
     missing = [job for job in jobs if not cache.entry(stage, keys[job.slide_id]).is_dir()]
     reused = len(jobs) - len(missing)
     logger.info("%s: %d %ss to make, %d reused", stage, len(missing), noun, reused)
+    if missing and needs:
+        disk.check(stage, needs(missing), target)
     if missing and target.exists():  # a run that fails must not leave a stage that looks whole
         shutil.rmtree(target)
     made = {"settings": settings, "code": digest}

@@ -34,22 +34,20 @@ def write_shard(path: Path, chunks: Iterable[bytes], chunk_count: int) -> int:
 class ShardReader:
     """Encoded chunks of one shard file.
 
-    pread keeps no file position, so forked workers may share a reader.
+    The file is opened for each chunk (some microseconds) and not kept open: a cohort has more
+    shards than a process may have open files, 1,024 on most systems.
     """
 
     def __init__(self, path: Path, chunk_count: int) -> None:
-        """Open the file and read its index.
+        """Read the file's index.
 
         Raises:
             FileNotFoundError: there is no such shard.
             ValueError: the file is cut short or its index is damaged.
         """
         self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
         length = 16 * chunk_count + 4
-        tail = os.pread(
-            self._descriptor, length, max(os.fstat(self._descriptor).st_size - length, 0)
-        )
+        tail = _read(path, max(path.stat().st_size - length, 0), length)
         table, check = tail[:-4], int.from_bytes(tail[-4:], "little")
         if len(tail) != length or google_crc32c.value(table) != check:
             raise ValueError(f"{path} is damaged: delete it and rerun the stage that made it")
@@ -60,9 +58,12 @@ class ShardReader:
         offset, length = (int(value) for value in self._index[at])
         if offset == ABSENT:
             raise IndexError(f"{self.path} holds no chunk {at}")
-        return os.pread(self._descriptor, length, offset)
+        return _read(self.path, offset, length)
 
-    def __del__(self) -> None:
-        """Close the file."""
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+
+def _read(path: Path, offset: int, length: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, length, offset)
+    finally:
+        os.close(descriptor)

@@ -22,7 +22,6 @@ x0, y0 are level-0 pixels; x, y are patch pixels. Both are continuous: pixel col
 digest of what the store was made from), schema. What made it stands beside it, in made.json.
 """  # noqa: E501
 
-import json
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -32,7 +31,7 @@ import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from stages.common import jpeg
+from stages.common import headers, jpeg
 from stages.common.layouts import BAG, CROP, NUCLEI, PATCHES, RECIPE, VIEWS
 from stages.common.patches import ZSTD_LEVEL, PatchStore, Recipe, ViewStore, encoded
 from stages.common.records import Bag, Nuclei
@@ -125,7 +124,7 @@ def open_patches(path: Path) -> PatchStore:
 
 def count_patches(path: Path) -> int:
     """How many patches a finished store holds, at a hundredth of the cost of opening it."""
-    return int(json.loads((path / "patch" / "zarr.json").read_text("utf-8"))["shape"][0])
+    return headers.length(path, "patch")
 
 
 def open_views(path: Path) -> ViewStore:
@@ -135,21 +134,21 @@ def open_views(path: Path) -> ViewStore:
 
 def open_recipe(path: Path, patches: PatchStore) -> Recipe:
     """Open `data/perturb/<slide>/recipe.zarr`, of the views that are made from `patches`."""
-    group = _open(path, RECIPE)
-    return Recipe(patches, {name: group[name][:] for name in RECIPE}, dict(group.attrs))
+    arrays, attributes = _open(path, RECIPE)
+    return Recipe(patches, {name: array[:] for name, array in arrays.items()}, attributes)
 
 
 def open_nuclei(path: Path) -> Nuclei:
     """Open `data/detect/<slide>/nuclei.zarr`."""
-    group = _open(path, NUCLEI)
-    return Nuclei(**{name: group[name][:] for name in NUCLEI}, attributes=dict(group.attrs))
+    arrays, attributes = _open(path, NUCLEI)
+    return Nuclei(**{name: array[:] for name, array in arrays.items()}, attributes=attributes)
 
 
 def open_bag(path: Path) -> Bag:
     """Open `data/embed/<encoder>/<slide>/bag.zarr`; its `crop` is None where none was made."""
     layout = BAG | CROP if (path / "crop").is_dir() else BAG
-    group = _open(path, layout)
-    return Bag(**{name: group[name][:] for name in layout}, attributes=dict(group.attrs))
+    arrays, attributes = _open(path, layout)
+    return Bag(**{name: array[:] for name, array in arrays.items()}, attributes=attributes)
 
 
 def _create(path: Path, attributes: dict[str, Any]) -> zarr.Group:
@@ -208,34 +207,38 @@ def _codec_arguments(codec: str) -> dict[str, Any]:
 
 
 def _open_store(kind: type[Store], path: Path, layout: dict[str, tuple[str, int]]) -> Store:
-    group = _open(path, layout)
-    array = group["patch"]
+    arrays, attributes = _open(path, layout)
+    array = arrays.pop("patch")
     return kind(
         path=path,
         count=int(array.shape[0]),
         patch_px=int(array.shape[1]),
         shard_patches=int(array.shards[0]),
         codec="jpeg" if isinstance(array.serializer, jpeg.JpegCodec) else "zstd",
-        attributes=dict(group.attrs),
-        arrays={name: group[name][:] for name in layout if name != "patch"},
+        attributes=attributes,
+        arrays={name: array[:] for name, array in arrays.items()},
     )
 
 
-def _open(path: Path, layout: dict[str, tuple[str, int]]) -> zarr.Group:
+def _open(
+    path: Path, layout: dict[str, tuple[str, int]]
+) -> tuple[dict[str, zarr.Array], dict[str, Any]]:
+    """The arrays of a store, checked, and its attributes; each is looked up once: zarr is slow."""
     if not path.is_dir():
         raise FileNotFoundError(f"no {path}: run `dvc repro` for the stage {_stage_of(path)} first")
     group = zarr.open_group(path, mode="r")
     if group.attrs.get("schema") != SCHEMA:
         found = group.attrs.get("schema")
         raise ValueError(f"{path} has schema {found}: this version reads {SCHEMA}; rerun its stage")
+    arrays = {name: group.get(name) for name in layout}
     for name, (dtype, axes) in layout.items():
-        if name not in group:
+        array = arrays[name]
+        if array is None:
             raise ValueError(f"{path} has no array {name}: rerun the stage {_stage_of(path)}")
-        array = group[name]
         if str(array.dtype) != dtype or array.ndim != axes:
             found = f"{array.dtype} with {array.ndim} axes"
             raise ValueError(f"{path}: {name} is {found}: it must be {dtype} with {axes} axes")
-    return group
+    return arrays, dict(group.attrs)
 
 
 def _stage_of(path: Path) -> str:
