@@ -18,6 +18,11 @@ ENGINE = frozenset(
     for name in (
         "common.perslide",
         "common.cluster",
+        "common.dispatch",
+        "common.failures",
+        "common.progress",
+        "common.slurm",
+        "common.workers",
         "common.cache",
         "common.digests",
         "common.fingerprint",
@@ -42,6 +47,18 @@ def code_digest(modules: tuple[str, ...], root: Path = ROOT) -> str:
     digest = hashlib.sha256()
     for name in sorted(reach(modules, root) - ENGINE):
         digest.update(f"{name}\n{_tree(_file(name, root))}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def loaded(root: Path = ROOT) -> str:
+    """Digest of all first-party files as they were when this process asked first.
+
+    Of a process that asks before it imports them, it tells which code that process runs.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(file for package in PACKAGES for file in root.glob(f"{package}/**/*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

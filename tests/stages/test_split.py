@@ -31,6 +31,7 @@ def run(folder: Path, rows: list[SlideRow], classes: int = 2, **changes: object)
     cohort.write_rows(folder / "cohort", rows, list(LABELS[:classes]))
     section = {"protocol": "crossval", "repeats": 3, "folds": 4, "val_share": 0.3, **changes}
     values = {"seed": 7, "sparse_topk": 0, "irpe": "none", "split": section}
+    values["embed"] = {"encoders": ["one", "other"]}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     split.main(folder / "cohort", folder / "split", folder / "params.yaml")
     return splits.read(folder / "split")
