@@ -39,8 +39,8 @@ class Progress:
         """Begin to measure time."""
         total = sum(job.work for job in self._jobs)
         # The mean speed: slides end in bursts, one from each process.
-        self._bar = tqdm(total=total, desc=self.stage, bar_format=FORM, smoothing=0)
-        self._show()
+        about = {"desc": self.stage, "unit": f"0/{len(self._jobs)} {self._noun}s"}
+        self._bar = tqdm(total=total, bar_format=FORM, smoothing=0, **about)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,6 +20,9 @@ class Workers:
         client: Of the cluster.
         engine: How the map runs.
         cuda: Only a worker that holds a GPU of its own is given slides.
+
+    Raises:
+        ValueError: the scheduler runs other code.
     """
 
     def __init__(self, client: Any, engine: EngineParams, cuda: bool) -> None:
@@ -28,6 +31,8 @@ class Workers:
         self._running: set[str] = set()
         self._next_look = 0.0
         self._last_seen = time.monotonic()
+        if engine.scheduler not in ("", SLURM):
+            self._greet_scheduler()
 
     def free(self) -> set[str]:
         """Addresses of the workers that may be given slides.
@@ -88,6 +93,13 @@ class Workers:
             pass  # the same as a client that has noticed already
         raise self._lost_scheduler()
 
+    def _greet_scheduler(self) -> None:
+        try:
+            answer = self.client.run_on_scheduler(greeting, False)
+        except ImportError as error:
+            answer = error
+        _check_code(f"the scheduler {self._engine.scheduler}", answer)
+
     def _greet(self, new: dict[str, Any]) -> None:
         """Look at workers that were not here before; those that answer become known."""
         if not self._engine.scheduler and not self._cuda:  # our own processes, and nothing to ask
@@ -99,7 +111,9 @@ class Workers:
         for address, answer in answers.items():
             if isinstance(answer, OSError):  # it died meanwhile, or is not up yet
                 continue
-            _check_worker(new[address], address, answer)
+            who = f"the worker {new[address]['name']} at {address}"
+            _check_code(who, answer)
+            _check_threads(who, new[address]["nthreads"])
             self._device[address] = answer[1]
 
     def _lost_scheduler(self) -> ConnectionError:
@@ -122,12 +136,11 @@ class Workers:
 
 
 def greeting(cuda: bool) -> tuple[str, str]:
-    """In a worker: the digest of the code that it runs, and the GPU that it holds."""
+    """There: the digest of the code that runs, and the GPU that the process holds."""
     return fingerprint.loaded(), devices.hold() if cuda else ""
 
 
-def _check_worker(about: dict[str, Any], address: str, answer: Any) -> None:
-    who = f"the worker {about['name']} at {address}"
+def _check_code(who: str, answer: Any) -> None:
     if isinstance(answer, Exception):
         raise ValueError(
             f"{who} cannot run this repository's code ({answer}): start scheduler and workers in "
@@ -135,8 +148,11 @@ def _check_worker(about: dict[str, Any], address: str, answer: Any) -> None:
         )
     if answer[0] != fingerprint.loaded():
         raise ValueError(f"{who} runs other code than lies here: restart it in this repository")
-    if about["nthreads"] != 1:
+
+
+def _check_threads(who: str, threads: int) -> None:
+    if threads != 1:
         raise ValueError(
-            f"{who} has {about['nthreads']} threads: a process is given one slide at a time, start "
-            f"it with --nthreads 1 --nworkers {about['nthreads']}"
+            f"{who} has {threads} threads: a process is given one slide at a time, start it with "
+            f"--nthreads 1 --nworkers {threads}"
         )

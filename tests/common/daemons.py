@@ -38,12 +38,13 @@ def stop(process: subprocess.Popen) -> None:
 
 @contextmanager
 def cluster(
-    workers: int, *options: str, **environment: str
+    workers: int, *options: str, of_scheduler: dict[str, str] | None = None, **environment: str
 ) -> Iterator[tuple[str, list[subprocess.Popen]]]:
     """The address of a scheduler, and its process followed by those of its workers."""
     file = str(Path("s.json").resolve())
+    Path(file).unlink(missing_ok=True)  # of a scheduler before this one
     shared = ("--scheduler-file", file, "--no-dashboard")
-    started = [start("dask_scheduler", *shared, "--port", "0")]
+    started = [start("dask_scheduler", *shared, "--port", "0", **(of_scheduler or {}))]
     try:
         while not Path(file).exists():
             time.sleep(0.05)

@@ -36,6 +36,7 @@ def make(folder: Path, job: Job) -> None:
             mark.touch()
             raise OSError(errno.ESTALE, "Stale file handle", "slides/x.svs")
     time.sleep(job.arguments.get("wait", 0))
+    (folder / "device.txt").write_text(os.environ[devices.DEVICE])
     (folder / "worker.txt").write_text(os.environ[devices.WORKER])
     (folder / "inner").mkdir()
     (folder / "inner" / "value.txt").write_text(f"{job.slide_id} {job.inputs}")
