@@ -92,7 +92,7 @@ def _hand_out(
     waiting, changed = deque(tasks), threading.Event()
     running: dict[str, tuple[Task, Any]] = {}  # by the worker's address
     while waiting or running:
-        for address in sorted(workers.free() - running.keys()):
+        for address in sorted(workers.fit(busy=bool(running)) - running.keys()):
             if waiting and len(running) < width:
                 task = waiting.popleft()
                 running[address] = task, _submit(workers, build, task, address, changed)

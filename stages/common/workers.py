@@ -34,8 +34,11 @@ class Workers:
         if engine.scheduler not in ("", SLURM):
             self._greet_scheduler()
 
-    def free(self) -> set[str]:
+    def fit(self, busy: bool) -> set[str]:
         """Addresses of the workers that may be given slides.
+
+        Args:
+            busy: Slides are in flight; else somebody must be there.
 
         Raises:
             ConnectionError: the scheduler is gone, or all workers are.
@@ -53,6 +56,8 @@ class Workers:
             for name, device in self._device.items()
             if found[name]["status"] == "running" and (device or not self._cuda)
         }
+        if busy or self._running:
+            self._last_seen = time.monotonic()
         self._check_absence()
         self._next_look = time.monotonic() + LOOK_SECONDS
         return self._running
@@ -123,10 +128,12 @@ class Workers:
         )
 
     def _check_absence(self) -> None:
-        if self._running:
-            self._last_seen = time.monotonic()
-        elif time.monotonic() - self._last_seen > 60 * self._engine.wait_minutes:
-            what = "no worker has a GPU of its own" if self._device else "no worker is left"
+        if time.monotonic() - self._last_seen > 60 * self._engine.wait_minutes:
+            what = (
+                "no worker has a GPU of its own"
+                if self._cuda and self._device
+                else "no worker is left"
+            )
             where = self._engine.scheduler or "this machine"
             raise ConnectionError(
                 f"{what} on {where} since {self._engine.wait_minutes:g} minutes "

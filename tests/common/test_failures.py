@@ -103,13 +103,14 @@ def test_what_may_pass_is_tried_again_and_no_more_than_asked_for(tmp_path, monke
 
 
 def test_groups_are_made_together_and_blamed_one_by_one(tmp_path):
+    kinds = {name: None for name in "abcdefg"} | {"c": "raise", "f": "kill"}
     journal = {"journal": str(tmp_path / "journal")}
-    work = [Job(f"s{number}", (), journal) for number in range(7)]
-    work += [Job("bad", (), {**journal, "failure": "raise"})]
+    work = [Job(name, (), {**journal, "failure": how}) for name, how in kinds.items()]
     together = {"together": 3, "code": CODE, "settings": {}, "on_error": "quarantine"}
     good = perslide.run("toy", toy.make_many, work, Path("data/toy"), **together)
-    assert good == [f"s{number}" for number in range(7)]
-    assert list(failures.read(Path("data/toy"))) == ["bad"]
-    assert Path("data/toy/s3/inner/value.txt").read_text() == "s3 ()"
+    assert "".join(good) == "abdeg"
+    assert list(failures.read(Path("data/toy"))) == ["c", "f"]
+    assert Path("data/toy/d/inner/value.txt").read_text() == "d ()"
     begun = Counter((tmp_path / "journal").read_text().splitlines())
-    assert begun == {"s0 s1 s2": 1, "s3 s4 s5": 1, "s6 bad": 1, "s6": 1, "bad": 1}
+    singles = {"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 3}
+    assert begun == {"a b c": 1, "d e f": 1, "g": 1, **singles}

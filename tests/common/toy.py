@@ -31,7 +31,7 @@ def make(folder: Path, job: Job) -> None:
     if failure == "full":
         raise OSError(28, "No space left on device")
     if failure in ("away", "away once"):
-        mark = Path(job.arguments["mark"])
+        mark = Path(f"{job.arguments['mark']}-{job.slide_id}")
         if failure == "away" or not mark.exists():
             mark.touch()
             raise OSError(errno.ESTALE, "Stale file handle", "slides/x.svs")
