@@ -6,7 +6,8 @@
             data/detect/<slide>/tally.json   counts and radii in short (stages/common/tally.py)
             data/detect/slides.csv           a slide a row, odd ones flagged (common/quality.py)
             data/detect/overall.csv          what is odd of all slides alike, as a wrong mpp
-            data/detect/metrics.json         slides, patches, nuclei, ...
+            data/detect/metrics.json         slides, patches, nuclei, failed, ...
+            data/detect/failed.csv           slides that on_error: quarantine left out
 
 Run it with `dvc repro detect`; its settings are the `detect` section of params.yaml, those of the
 detector in `detect.<detector>`. A slide is detected anew when its patches, the detector's settings,
@@ -29,7 +30,7 @@ from jaxtyping import Float64
 from stages.common import (
     appetite,
     cache,
-    devices,
+    failures,
     params,
     perslide,
     plugins,
@@ -77,23 +78,21 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
     if not source.is_dir():
         raise FileNotFoundError(f"no {source}: run `dvc repro tile` first")
     names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
-    perslide.run(
+    kind = detector.device.split(":")[0]
+    made = perslide.run(
         "detect",
         make,
         [_job(name, source / name, settings, own) for name in names],
         target,
         code=("stages.detect", plugin.__name__),
-        settings={
-            **decisive,
-            "version": detector.version,
-            "device": detector.device.split(":")[0],
-        },
-        processes=devices.count() if detector.device.startswith("cuda") else None,
+        settings={**decisive, "version": detector.version, "device": kind},
+        on_error=params.load(failures.FailureParams).on_error,
+        device=kind,
         unit="patches",
         needs=lambda missing: appetite.detect(len(missing), sum(job.work for job in missing)),
     )
-    metrics = quality.write(target, names)
-    run.write_metrics(target / "metrics.json", metrics)
+    metrics = quality.write(target, made)
+    run.write_metrics(target / "metrics.json", {**metrics, "failed": len(names) - len(made)})
     logger.info("detect: %(nuclei)d nuclei in %(patches)d patches", metrics)
 
 

@@ -4,6 +4,8 @@
             data/pretrain/<encoder>                 pretrained, or untrained for comparison
     writes  data/embed/<encoder>/<slide>/bag.zarr   one embedding per patch, rows as in the patches;
                                                     with central_crop one of its central half too
+            data/embed/<encoder>/metrics.json       slides, failed
+            data/embed/<encoder>/failed.csv         slides that on_error: quarantine left out
 
 Run it with `dvc repro embed`; its settings are the `embed` section of params.yaml.
 """  # noqa: E501
@@ -19,7 +21,18 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor, nn
 
-from stages.common import appetite, cache, disk, encoders, params, perslide, run, stores
+from stages.common import (
+    appetite,
+    cache,
+    devices,
+    disk,
+    encoders,
+    failures,
+    params,
+    perslide,
+    run,
+    stores,
+)
 from stages.common.encoders import EncoderSpec
 from stages.common.perslide import Job
 
@@ -68,19 +81,25 @@ def main(source: Path, encoder: Path, target: Path, settings: EmbedParams) -> No
                 "batch": settings.batch,
                 "central_crop": settings.central_crop,
             },
+            work=stores.count_patches(folder / "patches.zarr"),
         )
         for folder in folders
     ]
     decisive = {"batch": settings.batch, "central_crop": settings.central_crop}
-    perslide.run(
+    made = perslide.run(
         "embed",
         make,
         jobs,
         target,
         code=("stages.embed",),
         settings=decisive,
+        on_error=params.load(failures.FailureParams).on_error,
+        device=_device().type,
+        unit="patches",
         needs=lambda missing: _needs(missing, encoder, settings.central_crop),
     )
+    counts = {"slides": len(made), "failed": len(jobs) - len(made)}
+    run.write_metrics(target / "metrics.json", counts)
 
 
 def _needs(jobs: list[Job], encoder: Path, crop: bool) -> disk.Needs:
@@ -120,7 +139,7 @@ def _encoder(folder: Path, weights: str) -> tuple[nn.Module, EncoderSpec]:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(devices.pick("auto", "embed"))
 
 
 def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: str) -> None:

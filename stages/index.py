@@ -20,7 +20,7 @@ import logging
 import os
 from pathlib import Path
 
-from stages.common import cohort, digests, params, plugins, run
+from stages.common import cohort, digests, failures, params, plugins, run
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +103,7 @@ def _identify_weights(target: Path) -> None:
 def _check_names() -> None:
     """Find a wrong name now, not when its stage begins."""
     params.load(params.Top)
+    params.load(failures.FailureParams)
     heads, encoders = (
         params.section_of(section)[key]
         for section, key in (("evaluate", "heads"), ("embed", "encoders"))

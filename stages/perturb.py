@@ -4,7 +4,8 @@
     writes  data/perturb/<slide>/views.zarr    perturbed patches, the retained nuclei of each
             data/perturb/<slide>/recipe.zarr   in its place with perturb.store recipe: no pixels
             data/perturb/<slide>/examples.jpg  some patches, original beside perturbed
-            data/perturb/metrics.json          slides, views, points, ...
+            data/perturb/metrics.json          slides, views, points, failed, ...
+            data/perturb/failed.csv            slides that on_error: quarantine left out
 
 Run it with `dvc repro perturb`; its settings are the `perturb` section of params.yaml. With
 `perturb.enabled: false` nuclei-centered perturbation is off altogether: every patch passes
@@ -27,7 +28,18 @@ import numpy as np
 import torch
 
 from cytossl_core.perturbation import near_points, perturb
-from stages.common import appetite, cache, disk, headers, params, perslide, pictures, run, stores
+from stages.common import (
+    appetite,
+    cache,
+    disk,
+    failures,
+    headers,
+    params,
+    perslide,
+    pictures,
+    run,
+    stores,
+)
 from stages.common.perslide import Job
 
 logger = logging.getLogger(__name__)
@@ -73,33 +85,38 @@ def main(
     """Make the views of every slide that has patches and nuclei."""
     settings = params.load(PerturbParams, "perturb")
     seed = params.load(params.Top).seed
-    names = sorted(folder.name for folder in source.iterdir() if folder.is_dir())
+    left_out = failures.read(nuclei)
+    names = sorted(path.name for path in source.iterdir() if path.is_dir())
+    names = [name for name in names if name not in left_out]
     jobs = [_job(name, source / name, nuclei / name, settings, seed) for name in names]
     decisive = {**asdict(settings), "seed": seed}
-    perslide.run(
+    made = perslide.run(
         "perturb",
         make,
         jobs,
         target,
         code=("stages.perturb",),
         settings=decisive,
+        on_error=params.load(failures.FailureParams).on_error,
+        unit="patches",
         needs=lambda missing: _needs(missing, settings.store),
     )
-    metrics = _metrics([target / name for name in names])
+    metrics = _metrics([target / name for name in made])
     if not metrics["views"]:
         raise ValueError(
-            f"none of {len(names)} slides has a nucleus in any patch: look at {nuclei}/*/"
+            f"none of {len(made)} slides has a nucleus in any patch: look at {nuclei}/*/"
             "overlay.jpg and make the detector less strict (section detect of params.yaml), or "
             "set perturb.enabled to false"
         )
-    run.write_metrics(target / "metrics.json", metrics)
+    run.write_metrics(target / "metrics.json", {**metrics, "failed": len(names) - len(made)})
     logger.info("perturb: %(views)d views around %(points)d nuclei", metrics)
 
 
 def _job(name: str, tiles: Path, found: Path, settings: PerturbParams, seed: int) -> Job:
     inputs = (cache.content(tiles), cache.content(found))
     arguments = {"tiles": tiles.resolve(), "nuclei": found.resolve()}
-    return Job(name, inputs, {**arguments, "params": settings, "seed": seed})
+    patches = stores.count_patches(tiles / "patches.zarr")
+    return Job(name, inputs, {**arguments, "params": settings, "seed": seed}, work=patches)
 
 
 def _needs(jobs: list[Job], store: str) -> disk.Needs:

@@ -18,7 +18,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from stages.common import cell_figures, cohort, figures, nuclei_figures, params, run, stores
+from stages.common import (
+    cell_figures,
+    cohort,
+    failures,
+    figures,
+    nuclei_figures,
+    params,
+    run,
+    stores,
+)
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
@@ -57,13 +66,17 @@ def main(
 def collect(data: Path, settings_file: Path) -> dict[str, Any]:
     """Everything on the page that comes from the stages."""
     rows, classes = cohort.read_rows(data / "cohort"), cohort.read_classes(data / "cohort")
-    of_class = {label: [row for row in rows if row.label == label] for label in classes[::-1]}
+    left_out = quarantined(data)
+    whole = [row for row in rows if row.slide_id not in left_out]
+    of_class = {label: [row for row in whole if row.label == label] for label in classes[::-1]}
     shown = [row for found in of_class.values() for row in found[:SLIDES_PER_CLASS]]
-    firsts = [found[0] for found in of_class.values()]
+    firsts = [row for found in of_class.values() for row in found[:1]]
     cells = read_cells(data / "evaluate", settings_file)
     pretrain = data / "pretrain"
     return {
         "counts": {stage: _flat(_read_json(data / stage, stage)) for stage in COUNTED},
+        "quarantined": left_out,
+        "of_slides": len(rows),
         "cells": cells,
         "positive": classes[-1],
         "evaluation": cell_figures.section(data, cells),
@@ -75,6 +88,21 @@ def collect(data: Path, settings_file: Path) -> dict[str, Any]:
         "views": figures.picture(_need(pretrain / "views.png", "pretrain"), 1200),
         "attention": attention_rows(data, cells, of_class),
     }
+
+
+def quarantined(data: Path) -> dict[str, str]:
+    """Why slides are missing from training or evaluation, by their ids."""
+    training = {
+        slide_id: f"Not trained on. {stage}: {error}"
+        for stage in ("perturb", "detect")
+        for slide_id, error in failures.read(data / stage).items()
+    }
+    evaluation = {
+        slide_id: f"Not {'trained on or ' * error.startswith('tile')}evaluated. {error}"
+        for slide_id, error in failures.read(data / "split").items()
+    }
+    both = {name: f"{training[name]} {evaluation[name]}" for name in training.keys() & evaluation}
+    return dict(sorted({**training, **evaluation, **both}.items()))
 
 
 def read_cells(folder: Path, settings_file: Path) -> list[dict[str, Any]]:
@@ -118,6 +146,7 @@ def attention_rows(
     return [
         {"encoder": encoder, "head": cell["head"], **_looked_at(data, cell, found[0])}
         for found in tests
+        if found
         for encoder, cell in sorted(firsts.items())
     ]
 

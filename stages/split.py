@@ -1,9 +1,10 @@
 """Stage 7, split: who trains, validates and tests, once for every encoder and head.
 
-    reads   data/cohort
+    reads   data/cohort; failed.csv of data/tile and data/embed
     writes  data/split/splits.csv    repeat, fold, slide_id, patient, label, split; one row a slide
                                      for each (repeat, fold)
             data/split/splits.json   protocol, digest of splits.csv, repeats, folds
+            data/split/failed.csv    slides without a bag of every encoder, which are in no split
 
 Run it with `dvc repro split`; its settings are the `split` section of params.yaml.
 """
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stages.common import cohort, params, run, splits
+from stages.common import cohort, failures, params, run, splits
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ def main(
         ValueError: patients are too few, or a part lacks a class.
     """
     chosen = params.load(SplitParams, "split", settings_file)
-    rows = cohort.read_rows(source)
+    left_out = quarantined(source.parent, settings_file)
+    rows = [row for row in cohort.read_rows(source) if row.slide_id not in left_out]
     if chosen.protocol == "crossval":
         seed = params.load(params.Top, path=settings_file).seed
         table = splits.crossval(rows, chosen.repeats, chosen.folds, chosen.val_share, seed)
@@ -58,7 +60,21 @@ def main(
     parts = ("train", "test") if chosen.protocol == splits.OPTIMISTIC else cohort.SPLITS
     splits.check(table, parts, cohort.read_classes(source))
     splits.write(target, table, chosen.protocol)
+    failures.write(target, left_out)
     logger.info("split: %s, %d splits", chosen.protocol, table.groupby(splits.KEYS).ngroups)
+    if left_out:
+        logger.warning("split: %d slides have no bag and are in no split", len(left_out))
+
+
+def quarantined(data: Path, settings_file: Path) -> dict[str, str]:
+    """Why slides have no bag of one encoder or another: all encoders are tested on the same."""
+    encoders = params.section_of("embed", settings_file)["encoders"]
+    places = {f"embed {name}": data / "embed" / name for name in reversed(encoders)}
+    return {
+        slide_id: f"{stage}: {error}"
+        for stage, folder in {**places, "tile": data / "tile"}.items()
+        for slide_id, error in failures.read(folder).items()
+    }
 
 
 if __name__ == "__main__":

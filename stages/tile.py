@@ -3,7 +3,8 @@
     reads   data/cohort/cohort.csv and the slides it names
     writes  data/tile/<slide>/patches.zarr   the patches (layout: stages/common/stores.py)
             data/tile/<slide>/thumbnail.jpg  the slide with the chosen patches drawn
-            data/tile/metrics.json           slides, patches
+            data/tile/metrics.json           slides, patches, failed
+            data/tile/failed.csv             slides that on_error: quarantine left out
 
 Foreground is decided per patch at 10x: a thumbnail's tissue mask loses isolated nuclei or keeps
 the whole slide. A patch is foreground when it holds enough pixels that are dark in every colour
@@ -24,6 +25,7 @@ from stages.common import (
     appetite,
     cohort,
     disk,
+    failures,
     params,
     perslide,
     pictures,
@@ -69,19 +71,26 @@ def main(target: Path = Path("data/tile")) -> None:
     seed = params.load(params.Top).seed
     jobs = [_job(row, settings, seed) for row in cohort.read_rows()]
     decisive = {**asdict(settings), "seed": seed}
-    perslide.run(
+    names = perslide.run(
         "tile",
         make,
         jobs,
         target,
         code=("stages.tile",),
         settings=decisive,
+        on_error=params.load(failures.FailureParams).on_error,
+        unit="patches",
+        count=_count,
         needs=lambda missing: _needs(missing, settings),
     )
-    counts = [stores.count_patches(target / job.slide_id / "patches.zarr") for job in jobs]
-    metrics = {"slides": len(jobs), "patches": sum(counts), "fewest_patches": min(counts)}
-    run.write_metrics(target / "metrics.json", metrics)
+    counts = [_count(target / name) for name in names]
+    metrics = {"slides": len(names), "patches": sum(counts), "fewest_patches": min(counts)}
+    run.write_metrics(target / "metrics.json", {**metrics, "failed": len(jobs) - len(names)})
     logger.info("tile: %d patches", sum(counts))
+
+
+def _count(folder: Path) -> int:
+    return stores.count_patches(folder / "patches.zarr")
 
 
 def _job(row: cohort.SlideRow, settings: TileParams, seed: int) -> Job:

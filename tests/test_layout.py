@@ -23,8 +23,9 @@ DOORS = {
     "peft": {"stages/common/lora.py"},
     "yaml": {"stages/common/params.py"},
     "h5py": {"stages/common/interop.py"},
-    "distributed": {"stages/common/cluster.py", "stages/common/perslide.py"},
+    "distributed": {f"stages/common/{name}.py" for name in ("cluster", "perslide", "workers")},
     "dask": {"stages/common/cluster.py"},
+    "dask_jobqueue": {"stages/common/slurm.py"},
     "dvc": set(),
 }
 

@@ -1,14 +1,17 @@
 """The pipeline as a user runs it: real DVC on a small cohort, from nothing to the report."""
 
+import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,6 +198,38 @@ def test_pushed_stores_are_pulled_and_refill_the_cache(chain, tmp_path):
     assert re.search(r"[1-9]\d* results linked", copy.run("python", "-m", "stages.common.cache"))
     output = copy.run("dvc", "repro", "--force", "--single-item", "tile")
     assert "tile: 0 slides to make, 12 reused" in output
+
+
+def test_a_slide_that_fails_is_quarantined_and_all_stages_go_on_without_it(chain):
+    repository, _ = chain
+    slides = repository.folder / "slides"
+    with (repository.folder / "data/cohort/cohort.csv").open() as opened:
+        drawn = list(csv.DictReader(opened))
+    slides.mkdir()
+    lines = ["slide,slide_id,label,patient,split,mpp"]
+    for row in drawn:
+        shutil.copy(repository.folder / row["path"], slides)
+        name, rest = Path(row["path"]).name, ("label", "patient", "split", "mpp")
+        lines.append(",".join([name, row["slide_id"], *(row[key] for key in rest)]))
+    Image.new("RGB", (1024, 1024), "white").save(slides / "blank.png")
+    lines.append(f"blank.png,blank,{drawn[0]['label']},p-blank,test,0.25")
+    (slides / "labels.csv").write_text("\n".join(lines) + "\n")
+    set_params(repository.folder, {"cohort.source": "folder"})
+    output = repository.run("dvc", "repro", fails=True)
+    assert "tile: 1 of 13 slides failed" in output and "blank has no foreground" in output
+    set_params(repository.folder, {"on_error": "quarantine"})
+    output = repository.run("dvc", "repro")
+    assert "tile: 1 slides to make, 12 reused" in output  # again, and no other
+    assert stages_run(output) >= {"tile", "split", "evaluate", "compare", "report"}
+    page = (repository.folder / "data/report/index.html").read_text()
+    assert "1 of 13 slides failed and were left out." in page and "blank has no foreground" in page
+    assert "blank" not in (repository.folder / "data/split/splits.csv").read_text()
+    metrics = json.loads((repository.folder / "data/tile/metrics.json").read_text())
+    assert (metrics["slides"], metrics["failed"]) == (12, 1)
+    assert stages_run(repository.run("dvc", "repro")) == set()
+    repository.run("git", "checkout", "-q", ".")
+    shutil.rmtree(slides)
+    repository.run("dvc", "checkout")
 
 
 def test_a_bad_param_stops_the_stage_with_one_sentence(chain):

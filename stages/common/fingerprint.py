@@ -21,6 +21,11 @@ ENGINE = frozenset(
         "common.disk",
         "common.appetite",
         "common.portions",
+        "common.dispatch",
+        "common.failures",
+        "common.progress",
+        "common.slurm",
+        "common.workers",
         "common.cache",
         "common.digests",
         "common.fingerprint",
@@ -45,6 +50,18 @@ def code_digest(modules: tuple[str, ...], root: Path = ROOT) -> str:
     digest = hashlib.sha256()
     for name in sorted(reach(modules, root) - ENGINE):
         digest.update(f"{name}\n{_tree(_file(name, root))}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def loaded(root: Path = ROOT) -> str:
+    """Digest of all first-party files as they were when this process asked first.
+
+    Of a process that asks before it imports them, it tells which code that process runs.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(file for package in PACKAGES for file in root.glob(f"{package}/**/*.py")):
+        digest.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

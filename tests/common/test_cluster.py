@@ -1,23 +1,18 @@
 """Workers that die: exactly the slides to blame fail, and none that was finished is redone."""
 
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from stages.common import cache, perslide
+from stages.common import cluster, perslide
 from stages.common.perslide import Job
-from tests.common import toy
+from tests.common import daemons, toy
+from tests.common.daemons import finished
 
 FAILURES = {"s05": "raise", "s07": "kill once", "s11": "kill"}
 NAMES = [f"s{number:02d}" for number in range(16)]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -25,34 +20,32 @@ def place(tmp_path, monkeypatch):
     """A repository of its own, with a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(daemons.ROOT))
     write_engine("")
 
 
-def write_engine(scheduler: str) -> None:
-    Path("params.yaml").write_text(f'engine:\n  workers: 2\n  scheduler: "{scheduler}"\n')
+def write_engine(scheduler: str, wait_minutes: float = 1.0) -> None:
+    Path("params.yaml").write_text(
+        f'engine:\n  workers: 2\n  scheduler: "{scheduler}"\n  wait_minutes: {wait_minutes}\n'
+    )
 
 
-def run() -> str:
-    """Sixteen slides; what the failed stage says."""
+def run(failures: dict[str, str] = FAILURES, names: list[str] = NAMES, wait: float = 0.1) -> None:
     here = Path.cwd()
-    common = {"mark": str(here / "mark"), "journal": str(here / "journal"), "wait": 0.1}
-    work = [Job(name, ("x",), {**common, "failure": FAILURES.get(name)}) for name in NAMES]
+    common = {"mark": str(here / "mark"), "journal": str(here / "journal"), "wait": wait}
+    work = [Job(name, ("x",), {**common, "failure": failures.get(name)}) for name in names]
     code = ("stages.common.stores",)
-    with pytest.raises(ValueError, match="slides failed") as error:
-        perslide.run("toy", toy.make, work, Path("data/toy"), code=code, settings={})
-    return str(error.value)
-
-
-def finished() -> int:
-    return len(list((cache.root() / "toy").glob("*/*/made.json")))
+    perslide.run("toy", toy.make, work, Path("data/toy"), code=code, settings={})
 
 
 def begun() -> Counter[str]:
     return Counter(Path("journal").read_text().split())
 
 
-def assert_exact(text: str) -> None:
+def assert_exact() -> None:
+    with pytest.raises(ValueError, match="slides failed") as error:
+        run()
+    text = str(error.value)
     assert "2 of 16 slides failed" in text
     assert "s05: slide s05 is cut short" in text
     assert "s11: its worker process died" in text
@@ -60,61 +53,54 @@ def assert_exact(text: str) -> None:
 
 
 def test_only_the_slides_to_blame_fail_and_none_is_redone():
-    assert_exact(run())
-    counts = begun()
-    assert counts["s07"] == 2 and counts["s11"] == 3
-    assert counts["s05"] <= 2  # twice when the worker died before it could tell of the error
-    # A neighbour that was at work in the other process is finished there, once.
-    assert {counts[name] for name in NAMES if name not in FAILURES} == {1}
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli." + arguments[0], *arguments[1:]],
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def stop(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def kill_midway(process: subprocess.Popen) -> None:
-    while finished() < 3:
-        time.sleep(0.02)
-    stop(process)
+    assert_exact()
+    # No neighbour begins twice, nor does the slide that raised: a worker has one slide at a time.
+    assert begun() == {**dict.fromkeys(NAMES, 1), "s07": 2, "s11": 3}
 
 
 def test_a_scheduler_and_two_workers_one_of_them_killed_midway():
-    started = [
-        start("dask_scheduler", "--scheduler-file", "s.json", "--port", "0", "--no-dashboard")
-    ]
-    try:
-        while not Path("s.json").exists():
-            time.sleep(0.05)
-        worker = ("dask_worker", "--scheduler-file", "s.json", "--nthreads", "1", "--no-dashboard")
-        started += [start(*worker, "--name", name) for name in ("0", "1")]
-        write_engine(address_with_workers(2))
-        killer = threading.Thread(target=kill_midway, args=(started[2],))
+    with daemons.cluster(2) as (address, processes):
+        write_engine(address)
+
+        def kill() -> None:
+            daemons.wait_for(3)
+            daemons.stop(processes[2])
+
+        killer = threading.Thread(target=kill)
         killer.start()
-        assert_exact(run())
+        assert_exact()
         killer.join()
-    finally:
-        for process in reversed(started):
-            stop(process)
-    counts = begun()
-    assert counts["s05"] <= 2
-    again = [name for name in NAMES if name not in FAILURES and counts[name] > 1]
-    assert len(again) <= 1  # what the lost worker was at, unfinished
+    expected = Counter({**dict.fromkeys(NAMES, 1), "s07": 2, "s11": 3})
+    again = begun() - expected
+    assert not expected - begun() and again.total() <= 1  # what the lost worker had, unfinished
 
 
-def address_with_workers(count: int) -> str:
-    from distributed import Client
+def test_workers_without_a_nanny_do_not_return_and_the_stage_says_so():
+    with daemons.cluster(2, "--no-nanny") as (address, _):
+        write_engine(address, wait_minutes=0.02)
+        with pytest.raises(ConnectionError, match="no worker is left on tcp://.*with a nanny"):
+            run({"s01": "kill"}, NAMES[:4])
+    assert begun()["s01"] == 2 and finished() == 3  # what others could make is made, and kept
 
-    with Client(scheduler_file="s.json") as client:
-        client.wait_for_workers(count, timeout=60)
-        return client.scheduler.address
+
+def test_a_lost_scheduler_ends_the_stage_at_once():
+    with daemons.cluster(1) as (address, processes):
+        write_engine(address)
+
+        def kill() -> None:
+            daemons.wait_for(1)
+            daemons.stop(processes[0])
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        with pytest.raises(ConnectionError, match="the scheduler tcp://.* is gone: start it again"):
+            run({}, wait=0.3)
+        killer.join()
+    assert 1 <= finished() < 16 and not Path("data/toy").exists()
+
+
+def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr(cluster, "ANSWER_SECONDS", 0.5)
+    write_engine("tcp://127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"engine\.scheduler is 'tcp://127\.0\.0\.1:1' and does"):
+        run(names=["s00"])

@@ -1,5 +1,7 @@
 """Per-slide work for the engine's tests: it must be importable in worker processes."""
 
+import dataclasses
+import errno
 import os
 import signal
 import time
@@ -24,10 +26,27 @@ def make(folder: Path, job: Job) -> None:
         if not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+    if failure == "say":
+        raise ValueError(job.arguments["text"])
     if failure == "full":
         raise OSError(28, "No space left on device")
+    if failure in ("away", "away once"):
+        mark = Path(f"{job.arguments['mark']}-{job.slide_id}")
+        if failure == "away" or not mark.exists():
+            mark.touch()
+            raise OSError(errno.ESTALE, "Stale file handle", "slides/x.svs")
     time.sleep(job.arguments.get("wait", 0))
+    (folder / "device.txt").write_text(os.environ[devices.DEVICE])
     (folder / "worker.txt").write_text(os.environ[devices.WORKER])
     (folder / "inner").mkdir()
     (folder / "inner" / "value.txt").write_text(f"{job.slide_id} {job.inputs}")
     (folder / "picture.jpg").write_bytes(os.urandom(8))
+
+
+def make_many(folders: list[Path], jobs: list[Job]) -> None:
+    """As `make`, of several slides; the journal has a line for each call."""
+    with Path(jobs[0].arguments["journal"]).open("a") as journal:
+        journal.write(" ".join(job.slide_id for job in jobs) + "\n")
+    for folder, job in zip(folders, jobs, strict=True):
+        kept = {name: value for name, value in job.arguments.items() if name != "journal"}
+        make(folder, dataclasses.replace(job, arguments=kept))

@@ -183,13 +183,14 @@ def test_the_stage_writes_all_slides_and_metrics(data):
         "patches_without_nuclei": 2,
         "slides_flagged": 0,
         "cohort_flags": 0,
+        "failed": 0,
     }
 
 
 def keys_of(monkeypatch, **changes) -> str:
     """What `main` hands to the per-slide map as deciding the bytes."""
     seen = {}
-    monkeypatch.setattr(detect.perslide, "run", lambda *_, **named: seen.update(named))
+    monkeypatch.setattr(detect.perslide, "run", lambda *_, **named: seen.update(named) or [])
     monkeypatch.setattr(detect.quality, "write", lambda *_: {"nuclei": 0, "patches": 0})
     write_params(**changes)
     detect.main()
@@ -307,15 +308,15 @@ def test_a_slide_without_patches_says_so(data):
 
 def test_a_gpu_gets_one_process_and_the_bar_counts_patches(data, monkeypatch):
     seen = []
-    monkeypatch.setattr(detect.perslide, "run", lambda *given, **named: seen.append((given, named)))
+    run = lambda *given, **named: seen.append((given, named)) or []  # noqa: E731
+    monkeypatch.setattr(detect.perslide, "run", run)
     monkeypatch.setattr(detect.quality, "write", lambda *_: {"nuclei": 0, "patches": 0})
-    monkeypatch.setattr(detect.devices, "count", lambda: 3)
     a_slide(data, "a", NUCLEI)
     for device in ("cuda", "cpu"):
         detector = Small(1, device)
         monkeypatch.setattr(detect, "_detector", lambda name, own, it=detector: it)
         detect.main()
-    assert [named["processes"] for _, named in seen] == [3, None]
+    assert [named["device"] for _, named in seen] == ["cuda", "cpu"]
     assert seen[0][1]["unit"] == "patches" and seen[0][0][2][0].work == len(NUCLEI)
 
 

@@ -1,6 +1,7 @@
 """Perturb: which nuclei stay, where they lie in the patch, and what happens to the pixels."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,7 @@ import torch
 
 from cytossl_core.perturbation import perturb as shuffle
 from stages import perturb
-from stages.common import cache, stores
+from stages.common import cache, failures, stores
 from stages.common.perslide import Job
 
 PX, MPP, SLIDE_MPP = 61, 0.5, 0.25
@@ -196,7 +197,23 @@ def test_stage_writes_views_and_metrics_and_one_empty_slide_is_fine(data):
         "points": 5,
         "patches_without_nuclei": 3,
         "pixels_kept": kept,
+        "failed": 0,
     }
+
+
+def test_slides_that_detect_left_out_are_left_out_and_no_others(data):
+    for name in "ab":
+        a_slide(data, name, NUCLEI)
+    shutil.rmtree(data / "detect/b")
+    Path("params.yaml").write_text(PARAMS % "true")
+    with pytest.raises(
+        FileNotFoundError, match="detect/b holds no finished result: run `dvc repro"
+    ):
+        perturb.main()
+    failures.write(data / "detect", {"b": "its worker process died"})
+    perturb.main()
+    assert json.loads((data / "perturb/metrics.json").read_text())["slides"] == 1
+    assert not (data / "perturb/b").exists() and failures.read(data / "perturb") == {}
 
 
 def test_says_what_to_do_when_no_slide_has_a_nucleus(data):

@@ -17,6 +17,7 @@ from stages.common import (
     cell_figures,
     cohort,
     curves,
+    failures,
     nuclei_figures,
     quality,
     stores,
@@ -427,3 +428,28 @@ def test_slides_named_like_numbers_or_na_keep_their_names(tmp_path: Path) -> Non
 def test_results_of_another_configuration_stay_out(root):
     write_cell(root / "data", "stale-encoder", "abmil", 0.99)
     assert "stale-encoder" not in page_of(root)
+
+
+def test_slides_that_failed_stand_at_the_top_and_are_not_looked_for(root):
+    data = root / "data"
+    assert "were left out" not in page_of(root)
+    failures.write(data / "detect", {"ill-0": "its worker process died"})
+    failures.write(data / "split", {"well-0": "tile: <b>damaged</b>", "ill-1": "embed plain: gone"})
+    for place in (
+        "detect/ill-0",
+        "perturb/ill-0",
+        "tile/well-0",
+        "detect/well-0",
+        "perturb/well-0",
+    ):
+        shutil.rmtree(data / place)
+    page = page_of(root)
+    top = page[: page.index('<ol class="chain">')]
+    assert "3 of 10 slides failed and were left out." in top
+    for slide_id, why in {
+        "well-0": "Not trained on or evaluated. tile: &lt;b&gt;damaged&lt;/b&gt;",
+        "ill-0": "Not trained on. detect: its worker process died",
+        "ill-1": "Not evaluated. embed plain: gone",
+    }.items():
+        assert f"<dt>{slide_id}</dt><dd>{why}</dd>" in top
+    assert "Thumbnail of slide ill-2" in page and "Thumbnail of slide ill-0" not in page

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from stages import split
-from stages.common import cohort, splits
+from stages.common import cohort, failures, splits
 from stages.common.cohort import SlideRow
 
 LABELS = ("well", "ill", "unclear")
@@ -31,6 +31,7 @@ def run(folder: Path, rows: list[SlideRow], classes: int = 2, **changes: object)
     cohort.write_rows(folder / "cohort", rows, list(LABELS[:classes]))
     section = {"protocol": "crossval", "repeats": 3, "folds": 4, "val_share": 0.3, **changes}
     values = {"seed": 7, "sparse_topk": 0, "irpe": "none", "split": section}
+    values["embed"] = {"encoders": ["one", "other"]}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
     split.main(folder / "cohort", folder / "split", folder / "params.yaml")
     return splits.read(folder / "split")
@@ -47,6 +48,19 @@ def test_each_patient_is_tested_once_a_repeat_and_never_in_two_parts(tmp_path, c
     assert counts.notna().all(axis=None) and len(counts) == 12 * 3
     tests = counts.xs("test", level="split")
     assert (tests.max() - tests.min() <= 1).all()
+
+
+def test_slides_without_a_bag_of_every_encoder_are_in_no_split(tmp_path):
+    whole = run(tmp_path, rows_of(20, 2))
+    assert failures.read(tmp_path / "split") == {}
+    failures.write(tmp_path / "tile", {"s3-0": "is cut short", "s3-1": "is cut short"})
+    failures.write(tmp_path / "embed/other", {"s5-1": "gone"})
+    failures.write(tmp_path / "embed/of_before", {"s6-0": "not in params.yaml any more"})
+    rest = run(tmp_path, rows_of(20, 2))
+    left_out = {"s3-0", "s3-1", "s5-1"}
+    assert set(whole.table.slide_id) - set(rest.table.slide_id) == left_out
+    reasons = {"s3-0": "tile: is cut short", "s5-1": "embed other: gone"}
+    assert reasons.items() <= failures.read(tmp_path / "split").items()
 
 
 def test_repeats_differ_and_the_same_seed_gives_the_same_bytes(tmp_path):

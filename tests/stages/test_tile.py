@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import tifffile
 import yaml
 
 from stages import tile
-from stages.common import cache, cohort, slides, stores
+from stages.common import cache, cohort, failures, slides, stores
 from stages.common.perslide import Job
 from stages.tile import TileParams
 
@@ -149,3 +150,19 @@ def test_the_stage_tiles_a_cohort_and_redoes_one_slide_only(tmp_path, monkeypatc
     assert "tile: 1 slides to make, 1 reused" in caplog.text
     assert cache.describe(Path("data/tile/b"))["inputs"][0] == "other"
     assert len(stores.open_patches(Path("data/tile/a/patches.zarr"))) == 3
+
+
+def test_the_stage_quarantines_a_slide_that_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
+    values = {"seed": 0, "sparse_topk": 0, "irpe": "none", "tile": asdict(PARAMS)}
+    values |= {"on_error": "quarantine", "engine": {"workers": 1, "scheduler": ""}}
+    Path("params.yaml").write_text(yaml.safe_dump(values))
+    rows = [row(paint(tmp_path / f"{name}.svs"), name) for name in "ab"]
+    (tmp_path / "b.svs").write_bytes((tmp_path / "b.svs").read_bytes()[:1000])
+    cohort.write_rows(Path("data/cohort"), rows, ["a", "b"])
+    tile.main()
+    metrics = json.loads(Path("data/tile/metrics.json").read_text())
+    assert (metrics["slides"], metrics["failed"], metrics["patches"]) == (1, 1, 3)
+    assert "slide b.svs is damaged" in failures.read(Path("data/tile"))["b"]
+    assert str(tmp_path) not in Path("data/tile/failed.csv").read_text()
