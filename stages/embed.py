@@ -5,25 +5,25 @@
     writes  data/embed/<encoder>/<slide>/bag.zarr   one embedding per patch, rows as in the patches;
                                                     with central_crop one of its central half too
 
-Run it with `dvc repro embed`; its settings are the `embed` section of params.yaml.
+Run it with `dvc repro embed`; its settings are the `embed` section of params.yaml. On a machine with
+GPUs each has a process of its own, which reads ahead on its share of the cores; on others each core
+has one. h5 for TRIDENT and CLAM is written by `python -m stages.bags export <encoder> <folder>`.
 """  # noqa: E501
 
 import functools
+import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
-from torch import Tensor, nn
 
-from stages.common import cache, encoders, params, perslide, run, stores
-from stages.common.encoders import EncoderSpec
+from stages.common import cache, devices, embedding, encoders, params, perslide, run, stores
+from stages.common.embedding import Network
 from stages.common.perslide import Job
-
-Patches = UInt8[Tensor, "batch height width 3"]
+from stages.common.spec import EncoderSpec
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ class EmbedParams:
     """Section embed of params.yaml."""
 
     encoders: tuple[str, ...]  # folders of data/pretrain; each is a cell of the matrix in dvc.yaml
-    batch: int  # patches per pass of the encoder
+    batch: int  # most patches that go through the encoder together
     central_crop: bool  # embed each patch's central half too, the second scale of the head less
+    # Matrix products in 16 bits, where that is fast: bf16, or fp16 on GPUs older than Ampere.
+    autocast: embedding.Autocast
+    device: Literal["auto", "cpu", "cuda"]  # auto: every GPU there is, a process each, else CPUs
 
     def __post_init__(self) -> None:
         """Refuse an empty batch."""
@@ -51,62 +54,82 @@ def main(source: Path, encoder: Path, target: Path, settings: EmbedParams) -> No
 
     Raises:
         FileNotFoundError: there is no such encoder, or the tile stage has not run.
-        ValueError: slides failed, see `perslide.run`.
+        ValueError: slides failed, see `perslide.run`, or there is no GPU and one is wanted.
     """
     weights = encoders.digest_of(encoder)
     folders = sorted(path for path in source.glob("*") if path.is_dir())
     if not folders:
         raise FileNotFoundError(f"no slides in {source}: run `dvc repro tile`")
-    jobs = [
-        Job(
-            folder.name,
-            (cache.content(folder), weights),
-            {
-                "patches": (folder / "patches.zarr").resolve(),
-                "encoder": encoder.resolve(),
-                "weights": weights,
-                "batch": settings.batch,
-                "central_crop": settings.central_crop,
-            },
-        )
-        for folder in folders
-    ]
-    decisive = {"batch": settings.batch, "central_crop": settings.central_crop}
-    perslide.run("embed", make, jobs, target, code=("stages.embed",), settings=decisive)
+    decisive = {
+        "batch": settings.batch,
+        "central_crop": settings.central_crop,
+        "autocast": settings.autocast,
+        # Its kind: GPUs round otherwise.
+        "device": devices.pick(settings.device, "embed").split(":")[0],
+    }
+    given = {"encoder": encoder.resolve(), "weights": weights, **decisive}
+    perslide.run(
+        "embed",
+        make,
+        [_job(folder, given) for folder in folders],
+        target,
+        code=("stages.embed",),
+        settings=decisive,
+        processes=devices.count() if decisive["device"] == "cuda" else None,
+        unit="patches",
+    )
+
+
+def _job(folder: Path, given: dict[str, Any]) -> Job:
+    store = (folder / "patches.zarr").resolve()
+    inputs = (cache.content(folder), given["weights"])
+    return Job(folder.name, inputs, {"patches": store, **given}, work=stores.count_patches(store))
 
 
 def make(folder: Path, job: Job) -> None:
     """Write one slide's bag."""
     given = job.arguments
     patches = stores.open_patches(given["patches"])
-    model, spec = _encoder(given["encoder"], given["weights"])
-    _check_resolution(patches, spec, job.slide_id)
+    network = _network(given["encoder"], given["weights"], given["device"], given["autocast"])
+    _check_resolution(patches, network.spec, job.slide_id)
+    parts = (embedding.whole, embedding.central_half)[: 1 + given["central_crop"]]
+    batch = _even(len(patches), given["batch"])
+    (found,) = embedding.embed([patches], network, batch, parts, _threads(network.device))
+    _check_finite(found, job.slide_id, given["autocast"])
     names = ("slide_id", "mpp", "slide_mpp")
     attributes = {name: patches.attributes[name] for name in names}
-    crop = None
-    if given["central_crop"]:
-        crop = embed(patches, model, spec, given["batch"], central_half)
     stores.create_bag(
         folder / "bag.zarr",
-        embed(patches, model, spec, given["batch"]),
+        found[0],
         patches.origin,
         {**attributes, "input": "+".join(job.inputs)},
-        crop,
+        found[1] if given["central_crop"] else None,
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(folder: Path, weights: str) -> tuple[nn.Module, EncoderSpec]:
+def _network(folder: Path, weights: str, device: str, autocast: embedding.Autocast) -> Network:
     """Load once per process; `weights` tells encoders at one path apart."""
     torch.set_num_threads(1)  # one process per core; and sums are added in one order
     model, spec = encoders.load(folder)
     if encoders.digest_of(folder) != weights:
         raise ValueError(f"{folder} changed while it was in use: run `dvc repro embed` again")
-    return model.to(_device()), spec
+    return Network(model, spec, devices.pick(device, "embed"), autocast)
 
 
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _even(count: int, most: int) -> int:
+    """Patches per batch of a slide: as many as can be, and in each the same, so that all are full.
+
+    Batches hold one slide, so that its bytes depend on it alone (stages/common/embedding.py).
+    """
+    passes = max(1, -(-count // most))
+    return max(1, -(-count // passes))
+
+
+def _threads(device: torch.device) -> int:
+    """How many decode patches: on a GPU the process's share of the cores, which wait for it."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // devices.count()) if device.type == "cuda" else 1
 
 
 def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: str) -> None:
@@ -118,38 +141,14 @@ def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: s
         )
 
 
-def whole(patches: Patches) -> Patches:
-    """The patches as they are."""
-    return patches
-
-
-def central_half(patches: Patches) -> Patches:
-    """The middle of each patch, half its side; one pixel more where half has no middle."""
-    px = patches.shape[1]
-    side = px // 2 + (px - px // 2) % 2  # as odd or even as px, or the middle lies off by half
-    start = (px - side) // 2
-    return patches[:, start : start + side, start : start + side]
-
-
-@torch.inference_mode()
-def embed(
-    patches: stores.PatchStore,
-    model: nn.Module,
-    spec: EncoderSpec,
-    batch: int,
-    part: Callable[[Patches], Patches] = whole,
-) -> Float32[np.ndarray, "patch dim"]:
-    """The class token of each patch or of its `part`, in the order of the patches.
-
-    The encoder gets both at its own side: a part is magnified.
-    """
-    device = next(model.parameters()).device
-    parts = [np.empty((0, model.num_features), np.float32)]
-    for start in range(0, len(patches), batch):
-        rows = range(start, min(start + batch, len(patches)))
-        pixels = torch.from_numpy(np.stack([patches[row] for row in rows])).to(device)
-        parts.append(model(encoders.prepare(part(pixels), spec)).cpu().numpy())
-    return np.concatenate(parts)
+def _check_finite(found: np.ndarray, slide_id: str, autocast: str) -> None:
+    broken = ~np.isfinite(found).all(axis=(0, 2))
+    if broken.any():
+        raise ValueError(
+            f"slide {slide_id}: the embedding of patch {broken.argmax()} is not finite "
+            f"({broken.sum()} of {len(broken)}): set embed.autocast, which is {autocast}, to none "
+            "or bf16, or train the encoder anew"
+        )
 
 
 def command() -> None:
