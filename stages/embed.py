@@ -1,7 +1,7 @@
 """Stage 6, embed: turn each slide's patches into a bag of embeddings.
 
     reads   data/tile/<slide>/patches.zarr          patches as they are: perturbation is for training
-            data/pretrain/<encoder>                 pretrained, or untrained for comparison
+            data/pretrain/<encoder>                 pretrained, untrained, or one of the stage fetch
     writes  data/embed/<encoder>/<slide>/bag.zarr   one embedding per patch, rows as in the patches;
                                                     with central_crop one of its central half too
 
@@ -154,7 +154,7 @@ def _check_finite(found: np.ndarray, slide_id: str, autocast: str) -> None:
 def command() -> None:
     """`python -m stages.embed <encoder>`: the name of one cell of the matrix."""
     if len(sys.argv) != 2:
-        raise ValueError(f"embed got {sys.argv[1:]}: give an encoder, pretrained or untrained")
+        raise ValueError(f"embed got {sys.argv[1:]}: give one of embed.encoders")
     name = sys.argv[1]
     data = Path("data")
     settings = params.load(EmbedParams, "embed")
