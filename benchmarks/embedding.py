@@ -5,7 +5,8 @@ in as many processes. The stage reads patches from stores, decodes and prepares 
 bags; its processes run and hold the encoder already ("stage"), or `embed.main` starts them and
 loads it ("with start"). Both take turns; the figures are medians of patches/s, all processes
 together. `--slides`, `--patches` and `--turns` make it longer or shorter, `--architecture` and
-`--attention` run one; on a GPU, a process each, in bf16.
+`--attention` run one. On GPUs, a process each and in bf16, slides share batches: `--slides 64
+--patches 100` fills some.
 """
 
 import argparse
@@ -113,9 +114,10 @@ def stage(bench: Bench, names: list[str]) -> float:
 
     def work(some: list[Job]) -> int:
         with tempfile.TemporaryDirectory(dir=bench.folder) as place:
-            for job in some:
-                (Path(place) / job.slide_id).mkdir()
-                embed.make(Path(place) / job.slide_id, job)
+            folders = [Path(place) / job.slide_id for job in some]
+            for folder in folders:
+                folder.mkdir()
+            embed.make_many(folders, some)
         return len(some) * bench.patches
 
     work(jobs[:1])
@@ -126,8 +128,7 @@ def limit(bench: Bench, names: list[str]) -> float:
     """As many batches of random images, of the stage's shape, through the encoder alone."""
     network = network_of(bench)
     scales = 1 + bench.central_crop
-    batch = embed._even(bench.patches, bench.batch)
-    images = torch.randn(batch, 3, IMAGE_PX, IMAGE_PX, device=network.device)
+    images = torch.randn(bench.batch, 3, IMAGE_PX, IMAGE_PX, device=network.device)
     dtype, kind = network._dtype, network.device.type
 
     @torch.inference_mode()
@@ -135,10 +136,10 @@ def limit(bench: Bench, names: list[str]) -> float:
         with torch.autocast(kind, dtype, enabled=dtype is not None):
             for _ in range(batches * scales):
                 network.model(images)
-        return batches * batch
+        return batches * bench.batch
 
     work(1)
-    return timed(lambda: work(len(names) * -(-bench.patches // batch)), bench.device)
+    return timed(lambda: work(-(-len(names) * bench.patches // bench.batch)), bench.device)
 
 
 def started(bench: Bench, processes: int, slides: int) -> float:
@@ -182,7 +183,9 @@ def main() -> None:
     processes = devices.count() or len(os.sched_getaffinity(0))
     os.environ.update(cluster.WORKER_ENVIRONMENT)
     slides = asked.slides * processes
-    batch = embed._even(asked.patches, BATCH[device])
+    batch = BATCH[device]
+    if device == "cpu":  # each slide has batches of its own
+        batch = embed._even(asked.patches, batch)
     say = "%s, %d processes, %d slides of %d patches, batches of %d, autocast %s"
     logger.info(say, device, processes, slides, asked.patches, batch, AUTOCAST[device])
     logger.info("| encoder | attention | patch px | limit | stage | of limit | with start |")

@@ -13,6 +13,7 @@ has one. h5 for TRIDENT and CLAM is written by `python -m stages.bags export <en
 import functools
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 
 from stages.common import cache, devices, embedding, encoders, params, perslide, run, stores
-from stages.common.embedding import Network
+from stages.common.embedding import Network, Part
 from stages.common.perslide import Job
 from stages.common.spec import EncoderSpec
 
@@ -88,23 +89,42 @@ def _job(folder: Path, given: dict[str, Any]) -> Job:
 
 def make(folder: Path, job: Job) -> None:
     """Write one slide's bag."""
-    given = job.arguments
-    patches = stores.open_patches(given["patches"])
+    make_many([folder], [job])
+
+
+def make_many(folders: list[Path], jobs: list[Job]) -> None:
+    """Write the bags of several slides; on a GPU they share batches, and are equal up to rounding.
+
+    On a CPU, which is busy with small batches too, equal slides have equal bytes in any company.
+    """
+    given = jobs[0].arguments
     network = _network(given["encoder"], given["weights"], given["device"], given["autocast"])
-    _check_resolution(patches, network.spec, job.slide_id)
+    slides = [stores.open_patches(job.arguments["patches"]) for job in jobs]
+    for job, slide in zip(jobs, slides, strict=True):
+        _check_resolution(slide, network.spec, job.slide_id)
     parts = (embedding.whole, embedding.central_half)[: 1 + given["central_crop"]]
-    batch = _even(len(patches), given["batch"])
-    (found,) = embedding.embed([patches], network, batch, parts, _threads(network.device))
-    _check_finite(found, job.slide_id, given["autocast"])
-    names = ("slide_id", "mpp", "slide_mpp")
-    attributes = {name: patches.attributes[name] for name in names}
-    stores.create_bag(
-        folder / "bag.zarr",
-        found[0],
-        patches.origin,
-        {**attributes, "input": "+".join(job.inputs)},
-        found[1] if given["central_crop"] else None,
-    )
+    bags = _embedded(slides, network, given["batch"], parts)
+    for folder, job, slide, bag in zip(folders, jobs, slides, bags, strict=True):
+        _check_finite(bag, job.slide_id, given["autocast"])
+        _write(folder / "bag.zarr", job, slide, bag)
+
+
+def _embedded(
+    slides: list[stores.PatchStore], network: Network, batch: int, parts: tuple[Part, ...]
+) -> Iterator[np.ndarray]:
+    """Each slide's embeddings, [part, patch, dim]."""
+    if network.device.type == "cuda" and len(slides) > 1:
+        yield from embedding.embed(slides, network, batch, parts, _threads())
+        return
+    threads = _threads() if network.device.type == "cuda" else 1
+    for slide in slides:
+        yield from embedding.embed([slide], network, _even(len(slide), batch), parts, threads)
+
+
+def _write(path: Path, job: Job, slide: stores.PatchStore, bag: np.ndarray) -> None:
+    attributes = {name: slide.attributes[name] for name in ("slide_id", "mpp", "slide_mpp")}
+    attributes["input"] = "+".join(job.inputs)
+    stores.create_bag(path, bag[0], slide.origin, attributes, *bag[1:])
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,16 +140,15 @@ def _network(folder: Path, weights: str, device: str, autocast: embedding.Autoca
 def _even(count: int, most: int) -> int:
     """Patches per batch of a slide: as many as can be, and in each the same, so that all are full.
 
-    Batches hold one slide, so that its bytes depend on it alone (stages/common/embedding.py).
+    So its bytes depend on it alone (stages/common/embedding.py says why).
     """
     passes = max(1, -(-count // most))
     return max(1, -(-count // passes))
 
 
-def _threads(device: torch.device) -> int:
-    """How many decode patches: on a GPU the process's share of the cores, which wait for it."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // devices.count()) if device.type == "cuda" else 1
+def _threads() -> int:
+    """How many decode patches for a GPU: this process's share of the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // devices.count())
 
 
 def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: str) -> None:

@@ -62,6 +62,8 @@ class Network:
         self.dim = model.num_features
         self._dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[autocast]
         self._most: int | None = None  # patches that fit at once; None: as many as are given
+        # A queue of its own for copies, which then go on beside the work on the batch before.
+        self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __call__(
         self, patches: Patches, parts: Sequence[Part] = (whole,)
@@ -90,12 +92,23 @@ class Network:
     def _attempt(self, patches: Patches, parts: Sequence[Part]) -> Tensor | None:
         """None when memory ran out. What the failed run held is free once this has returned."""
         try:
-            pieces = patches.to(self.device, non_blocking=True).split(self._most or len(patches))
+            pieces = self._moved(patches).split(self._most or len(patches))
             return torch.cat([self._forward(piece, parts) for piece in pieces], dim=1)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         return None
+
+    def _moved(self, patches: Patches) -> Patches:
+        """The patches on the device; on a GPU what works on them next waits for their arrival."""
+        if not self._copies:
+            return patches.to(self.device)
+        with torch.cuda.stream(self._copies):
+            moved = patches.to(self.device, non_blocking=True)
+        here = torch.cuda.current_stream(self.device)
+        here.wait_stream(self._copies)
+        moved.record_stream(here)
+        return moved
 
     def _halve(self, count: int) -> None:
         tried = min(count, self._most or count)

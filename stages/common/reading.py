@@ -53,7 +53,8 @@ def _begin(
     pool: ThreadPoolExecutor, places: list[tuple[PatchStore, int]], batch: int, pinned: bool
 ) -> tuple[Batch, list[Future]]:
     px = places[0][0].patch_px
-    pixels = torch.zeros(batch, px, px, 3, dtype=torch.uint8, pin_memory=pinned)
+    pixels = torch.empty(batch, px, px, 3, dtype=torch.uint8, pin_memory=pinned)
+    pixels[len(places) :] = 0
     rows = zip(pixels.numpy(), places, strict=False)
     return pixels, [pool.submit(_read, out, *place) for out, place in rows]
 

@@ -1,5 +1,6 @@
 """Embedding: the right rows of the right slide, whatever shares a batch; memory that runs out."""
 
+import copy
 import functools
 import logging
 from pathlib import Path
@@ -69,6 +70,20 @@ def test_a_slide_by_itself_has_the_same_bits_each_time_and_nearly_those_amid_oth
     for names in ("abcde", "ca", "ea", "cea"):  # it begins at the places 0, 1, 3 and 4 of a batch
         found = embedded(source, names, network, 5)["a"]
         np.testing.assert_allclose(found, alone, rtol=0, atol=1e-6 * np.abs(alone).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_finds_nearly_the_same_and_itself_always_the_same(source, kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    here, parts = a_network.__wrapped__(kind), (whole, central_half)
+    there = Network(copy.deepcopy(here.model), here.spec, "cuda")
+    wanted, found, again = (
+        embedded(source, "abcde", network, 5, parts) for network in (here, there, there)
+    )
+    for name in COUNTS:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-3, atol=1e-4)
+        assert found[name].tobytes() == again[name].tobytes()
 
 
 def test_16_bits_give_nearly_the_same_numbers(source):

@@ -80,6 +80,19 @@ def test_equal_inputs_give_equal_bytes(data):
         assert file.read_bytes() == other.read_bytes()
 
 
+def test_bytes_do_not_depend_on_the_slides_beside_it(data):
+    a_slide(data / "tile", "b", 5)
+    made(data, "alone")
+    folders = [data / "together" / name for name in "ba"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    embed.make_many(folders, [a_job(data, name) for name in "ba"])
+    assert len(stores.open_bag(folders[0] / "bag.zarr").embedding) == 5
+    for file in ("embedding/c.0.0", "origin/c.0.0", "zarr.json", "embedding/zarr.json"):
+        one, other = (folder / "bag.zarr" / file for folder in (data / "alone", folders[1]))
+        assert one.read_bytes() == other.read_bytes()
+
+
 def test_a_slide_without_patches_has_an_empty_bag(data):
     a_slide(data / "tile", "e", 0)
     assert made(data, name="e").embedding.shape == (0, 64)
