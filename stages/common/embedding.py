@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 Patches = UInt8[Tensor, "batch height width 3"]
 Part = Callable[[Patches], Patches]
 Autocast = Literal["none", "bf16", "fp16"]
-PREPARED = 4  # patches prepared at once on a CPU: pixels as float32 then stay in its cache
 
 
 def whole(patches: Patches) -> Patches:
@@ -128,7 +127,8 @@ class Network:
             return torch.stack([self.model(part).float() for part in images])
 
     def _prepare(self, patches: Patches) -> Tensor:
-        some = PREPARED if self.device.type == "cpu" else len(patches)
+        # On a CPU one by one: its cache holds the pixels of one as float32, and not of a batch.
+        some = 1 if self.device.type == "cpu" else len(patches)
         return torch.cat([encoders.prepare(piece, self.spec) for piece in patches.split(some)])
 
 
