@@ -60,7 +60,7 @@ class Bench:
 
 
 def write_slides(source: Path, slides: int, patches: int, px: int) -> None:
-    """Finished results of tile: soft blots of one stain, at 512 px about 45 KiB each as cells are."""
+    """Finished results of tile: soft blots of one stain, at 512 px about 60 KiB each."""
     rng = np.random.default_rng(7)
     attributes = {"mpp": MPP, "slide_mpp": MPP, "input": "-"}
     for number in range(slides):
