@@ -26,6 +26,7 @@ from stages.common.interop import ENDINGS, ForeignBag
 logger = logging.getLogger(__name__)
 
 UNKNOWN = -1  # as origin, of a file without coords
+OBJECTIVE_MPP = 10.0  # over a magnification: what TRIDENT takes for its microns per pixel
 
 
 def export_bags(encoder: str, target: Path, data: Path = Path("data")) -> None:
@@ -64,9 +65,11 @@ def _export(path: Path, encoder: str, target: Path, data: Path) -> bool:
 
 
 def _described(slide_id: str, attributes: dict[str, Any], data: Path) -> dict[str, Any]:
-    """Attributes of `coords`; of the patch's side only where it is known."""
-    found = {"name": slide_id, "patch_level": 0, "downsample": 1}
-    found |= {name: attributes[name] for name in ("mpp", "slide_mpp") if attributes[name]}
+    """Attributes of `coords`; magnifications and the patch's side only where they are known."""
+    found = {"name": slide_id, "patch_level": 0, "downsample": 1, "unit": "pixels of level 0"}
+    for name, theirs in (("mpp", "target_magnification"), ("slide_mpp", "level0_magnification")):
+        if attributes[name]:
+            found |= {name: attributes[name], theirs: OBJECTIVE_MPP / attributes[name]}
     px = attributes.get("patch_px") or _tile_px(data / "tile" / slide_id, attributes["input"])
     if px:
         found["patch_size"] = px

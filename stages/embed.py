@@ -1,31 +1,34 @@
 """Stage 6, embed: turn each slide's patches into a bag of embeddings.
 
     reads   data/tile/<slide>/patches.zarr          patches as they are: perturbation is for training
-            data/pretrain/<encoder>                 pretrained, or untrained for comparison
+            data/pretrain/<encoder>                 pretrained, untrained, or one of the stage fetch
     writes  data/embed/<encoder>/<slide>/bag.zarr   one embedding per patch, rows as in the patches;
                                                     with central_crop one of its central half too
             data/embed/<encoder>/metrics.json       slides, failed
             data/embed/<encoder>/failed.csv         slides that on_error: quarantine left out
 
-Run it with `dvc repro embed`; its settings are the `embed` section of params.yaml.
+Run it with `dvc repro embed`; its settings are the `embed` section of params.yaml. On a machine with
+GPUs each has a process of its own, which reads ahead on its share of the cores; on others each core
+has one. h5 for TRIDENT and CLAM is written by `python -m stages.bags export <encoder> <folder>`.
 """  # noqa: E501
 
 import functools
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
-from torch import Tensor, nn
 
 from stages.common import (
     appetite,
     cache,
     devices,
     disk,
+    embedding,
     encoders,
     failures,
     params,
@@ -33,10 +36,11 @@ from stages.common import (
     run,
     stores,
 )
-from stages.common.encoders import EncoderSpec
+from stages.common.embedding import Network, Part
 from stages.common.perslide import Job
+from stages.common.spec import EncoderSpec
 
-Patches = UInt8[Tensor, "batch height width 3"]
+TASK_BATCHES = 8  # that a GPU is given at once
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,11 @@ class EmbedParams:
     """Section embed of params.yaml."""
 
     encoders: tuple[str, ...]  # folders of data/pretrain; each is a cell of the matrix in dvc.yaml
-    batch: int  # patches per pass of the encoder
+    batch: int  # most patches that go through the encoder together
     central_crop: bool  # embed each patch's central half too, the second scale of the head less
+    # Matrix products in 16 bits, where that is fast: bf16, or fp16 on GPUs older than Ampere.
+    autocast: embedding.Autocast
+    device: Literal["auto", "cpu", "cuda"]  # auto: every GPU there is, a process each, else CPUs
 
     def __post_init__(self) -> None:
         """Refuse an empty batch."""
@@ -64,42 +71,49 @@ def main(source: Path, encoder: Path, target: Path, settings: EmbedParams) -> No
 
     Raises:
         FileNotFoundError: there is no such encoder, or the tile stage has not run.
-        ValueError: slides failed, see `perslide.run`.
+        ValueError: slides failed, see `perslide.run`, or there is no GPU and one is wanted.
     """
     weights = encoders.digest_of(encoder)
     folders = sorted(path for path in source.glob("*") if path.is_dir())
     if not folders:
         raise FileNotFoundError(f"no slides in {source}: run `dvc repro tile`")
-    jobs = [
-        Job(
-            folder.name,
-            (cache.content(folder), weights),
-            {
-                "patches": (folder / "patches.zarr").resolve(),
-                "encoder": encoder.resolve(),
-                "weights": weights,
-                "batch": settings.batch,
-                "central_crop": settings.central_crop,
-            },
-            work=stores.count_patches(folder / "patches.zarr"),
-        )
-        for folder in folders
-    ]
-    decisive = {"batch": settings.batch, "central_crop": settings.central_crop}
+    kind = devices.pick(settings.device, "embed").split(":")[0]
+    decisive = {
+        "batch": settings.batch,
+        "central_crop": settings.central_crop,
+        "autocast": settings.autocast,
+        "device": kind,  # GPUs round otherwise
+    }
+    given = {"encoder": encoder.resolve(), "weights": weights, **decisive}
+    jobs = [_job(folder, given) for folder in folders]
     made = perslide.run(
         "embed",
-        make,
+        make_many,
         jobs,
         target,
         code=("stages.embed",),
         settings=decisive,
         on_error=params.load(failures.FailureParams).on_error,
-        device=_device().type,
+        device=kind,
+        together=_together(jobs, settings.batch) if kind == "cuda" else 1,
         unit="patches",
         needs=lambda missing: _needs(missing, encoder, settings.central_crop),
     )
     counts = {"slides": len(made), "failed": len(jobs) - len(made)}
     run.write_metrics(target / "metrics.json", counts)
+
+
+def _job(folder: Path, given: dict[str, Any]) -> Job:
+    store = (folder / "patches.zarr").resolve()
+    inputs = (cache.content(folder), given["weights"])
+    return Job(folder.name, inputs, {"patches": store, **given}, work=stores.count_patches(store))
+
+
+def _together(jobs: list[Job], batch: int) -> int:
+    """How many slides a GPU is given at once: some batches, of which the last is seldom full."""
+    patches = max(sum(job.work for job in jobs), 1)
+    wanted = -(-TASK_BATCHES * batch * len(jobs) // patches)
+    return max(1, min(wanted, -(-len(jobs) // max(devices.count(), 1))))
 
 
 def _needs(jobs: list[Job], encoder: Path, crop: bool) -> disk.Needs:
@@ -108,38 +122,63 @@ def _needs(jobs: list[Job], encoder: Path, crop: bool) -> disk.Needs:
     return appetite.embed(len(jobs), count, model.num_features, crop)
 
 
-def make(folder: Path, job: Job) -> None:
-    """Write one slide's bag."""
-    given = job.arguments
-    patches = stores.open_patches(given["patches"])
-    model, spec = _encoder(given["encoder"], given["weights"])
-    _check_resolution(patches, spec, job.slide_id)
-    names = ("slide_id", "mpp", "slide_mpp")
-    attributes = {name: patches.attributes[name] for name in names}
-    crop = None
-    if given["central_crop"]:
-        crop = embed(patches, model, spec, given["batch"], central_half)
-    stores.create_bag(
-        folder / "bag.zarr",
-        embed(patches, model, spec, given["batch"]),
-        patches.origin,
-        {**attributes, "input": "+".join(job.inputs)},
-        crop,
-    )
+def make_many(folders: list[Path], jobs: list[Job]) -> None:
+    """Write the bags of several slides; on a GPU they share batches, and are equal up to rounding.
+
+    On a CPU, which is busy with small batches too, equal slides have equal bytes in any company.
+    """
+    given = jobs[0].arguments
+    network = _network(given["encoder"], given["weights"], given["device"], given["autocast"])
+    slides = [stores.open_patches(job.arguments["patches"]) for job in jobs]
+    for job, slide in zip(jobs, slides, strict=True):
+        _check_resolution(slide, network.spec, job.slide_id)
+    parts = (embedding.whole, embedding.central_half)[: 1 + given["central_crop"]]
+    bags = _embedded(slides, network, given["batch"], parts)
+    for folder, job, slide, bag in zip(folders, jobs, slides, bags, strict=True):
+        _check_finite(bag, job.slide_id, given["autocast"])
+        _write(folder / "bag.zarr", job, slide, bag)
+
+
+def _embedded(
+    slides: list[stores.PatchStore], network: Network, batch: int, parts: tuple[Part, ...]
+) -> Iterator[np.ndarray]:
+    """Each slide's embeddings, [part, patch, dim]."""
+    if network.device.type == "cuda" and len(slides) > 1:
+        yield from embedding.embed(slides, network, batch, parts, _threads())
+        return
+    threads = _threads() if network.device.type == "cuda" else 1
+    for slide in slides:
+        yield from embedding.embed([slide], network, _even(len(slide), batch), parts, threads)
+
+
+def _write(path: Path, job: Job, slide: stores.PatchStore, bag: np.ndarray) -> None:
+    attributes = {name: slide.attributes[name] for name in ("slide_id", "mpp", "slide_mpp")}
+    attributes["input"] = "+".join(job.inputs)
+    stores.create_bag(path, bag[0], slide.origin, attributes, *bag[1:])
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(folder: Path, weights: str) -> tuple[nn.Module, EncoderSpec]:
+def _network(folder: Path, weights: str, device: str, autocast: embedding.Autocast) -> Network:
     """Load once per process; `weights` tells encoders at one path apart."""
     torch.set_num_threads(1)  # one process per core; and sums are added in one order
     model, spec = encoders.load(folder)
     if encoders.digest_of(folder) != weights:
         raise ValueError(f"{folder} changed while it was in use: run `dvc repro embed` again")
-    return model.to(_device()), spec
+    return Network(model, spec, devices.pick(device, "embed"), autocast)
 
 
-def _device() -> torch.device:
-    return torch.device(devices.pick("auto", "embed"))
+def _even(count: int, most: int) -> int:
+    """Patches per batch of a slide: as many as can be, and in each the same, so that all are full.
+
+    So its bytes depend on it alone (stages/common/embedding.py says why).
+    """
+    passes = max(1, -(-count // most))
+    return max(1, -(-count // passes))
+
+
+def _threads() -> int:
+    """How many decode patches for a GPU: this process's share of the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // max(devices.count(), 1))
 
 
 def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: str) -> None:
@@ -151,44 +190,20 @@ def _check_resolution(patches: stores.PatchStore, spec: EncoderSpec, slide_id: s
         )
 
 
-def whole(patches: Patches) -> Patches:
-    """The patches as they are."""
-    return patches
-
-
-def central_half(patches: Patches) -> Patches:
-    """The middle of each patch, half its side; one pixel more where half has no middle."""
-    px = patches.shape[1]
-    side = px // 2 + (px - px // 2) % 2  # as odd or even as px, or the middle lies off by half
-    start = (px - side) // 2
-    return patches[:, start : start + side, start : start + side]
-
-
-@torch.inference_mode()
-def embed(
-    patches: stores.PatchStore,
-    model: nn.Module,
-    spec: EncoderSpec,
-    batch: int,
-    part: Callable[[Patches], Patches] = whole,
-) -> Float32[np.ndarray, "patch dim"]:
-    """The class token of each patch or of its `part`, in the order of the patches.
-
-    The encoder gets both at its own side: a part is magnified.
-    """
-    device = next(model.parameters()).device
-    parts = [np.empty((0, model.num_features), np.float32)]
-    for start in range(0, len(patches), batch):
-        rows = range(start, min(start + batch, len(patches)))
-        pixels = torch.from_numpy(np.stack([patches[row] for row in rows])).to(device)
-        parts.append(model(encoders.prepare(part(pixels), spec)).cpu().numpy())
-    return np.concatenate(parts)
+def _check_finite(found: np.ndarray, slide_id: str, autocast: str) -> None:
+    broken = ~np.isfinite(found).all(axis=(0, 2))
+    if broken.any():
+        raise ValueError(
+            f"slide {slide_id}: the embedding of patch {broken.argmax()} is not finite "
+            f"({broken.sum()} of {len(broken)}): set embed.autocast, which is {autocast}, to none "
+            "or bf16, or train the encoder anew"
+        )
 
 
 def command() -> None:
     """`python -m stages.embed <encoder>`: the name of one cell of the matrix."""
     if len(sys.argv) != 2:
-        raise ValueError(f"embed got {sys.argv[1:]}: give an encoder, pretrained or untrained")
+        raise ValueError(f"embed got {sys.argv[1:]}: give one of embed.encoders")
     name = sys.argv[1]
     data = Path("data")
     settings = params.load(EmbedParams, "embed")

@@ -3,9 +3,11 @@
     reads   the folder that the cohort's source takes its slides from, when it takes them from one
             the weights of the detector that `detect.detector` names
             the files that `pretrain.weights` and `pretrain.init_from` name
+            those of the encoders that `fetch.encoders` names
     writes  data/index/slides.csv      its files by name, length and time
             data/index/detector.json   the detector, its libraries' versions, its weights' digest
             data/index/weights.json    what pretraining begins with, by digest
+            data/index/encoders/<name>.json   each encoder from elsewhere, by digest
 
 It runs at every `dvc repro`, in a fraction of a second, so that DVC sees a slide that was added,
 removed or replaced without reading terabytes, and weights or a library that changed: weights are
@@ -18,7 +20,9 @@ written of them stays. Which device the detector runs on is not looked at: that 
 import json
 import logging
 import os
+import re
 from pathlib import Path
+from typing import Any
 
 from stages.common import cohort, digests, failures, params, plugins, run
 
@@ -26,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 
 ENCODERS = ("pretrained", "untrained")  # what pretrain leaves in data/pretrain
+OCCUPIED = (*ENCODERS, "dvclive")  # in data/pretrain
+NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"  # a folder, and a key of params.yaml
 BEGINNINGS = ("weights", "init_from")  # keys of pretrain
 NO_FILE = ("", "none", "timm")
 
@@ -42,6 +48,7 @@ def main(target: Path = Path("data/index")) -> None:
     _list_slides(target / "slides.csv")
     _identify_detector(target / "detector.json")
     _identify_weights(target / "weights.json")
+    _identify_encoders(target / "encoders")
 
 
 def _list_slides(target: Path) -> None:
@@ -68,35 +75,59 @@ def _identify_detector(target: Path) -> None:
     try:
         found["version"] = plugin.identity(own)
     except (FileNotFoundError, ImportError):
-        before = json.loads(target.read_text("utf-8")) if target.is_file() else {}
+        before = _written(target)
         if any(before.get(key) != value for key, value in found.items()):
             raise
         logger.info("index: no weights or library of %s here, its version is kept", name)
         return
-    with run.atomic(target) as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    _write(target, found)
 
 
 def _identify_weights(target: Path) -> None:
-    """Digest what pretraining begins with; what was written of an absent file stays."""
+    """Digest what pretraining begins with."""
     settings = params.section_of("pretrain")
-    before = json.loads(target.read_text("utf-8")) if target.is_file() else {}
-    found = {}
-    for key in BEGINNINGS:
-        name = str(settings.get(key) or "")
-        place, known = cohort.locate(name), before.get(key, {})
-        files = [] if name in NO_FILE else sorted(_files(place)) if place.is_dir() else [place]
-        if all(file.is_file() for file in files):
-            found[key] = {"name": name, "digest": digests.digest_of(files) if files else ""}
-        elif known.get("name") == name:
-            logger.info("index: no %s here, its digest is kept", name)
-            found[key] = known
-        else:
-            raise FileNotFoundError(
-                f"pretrain.{key} is {name}, and there is no such file: mend the path, or set it "
-                "to one of none, timm"
-            )
-    with run.atomic(target) as temporary:
+    before = _written(target)
+    found = {
+        key: _identified(f"pretrain.{key}", str(settings.get(key) or ""), before.get(key, {}))
+        for key in BEGINNINGS
+    }
+    _write(target, found)
+
+
+def _identify_encoders(target: Path) -> None:
+    """Digest what each entry of `fetch.encoders` names."""
+    entries = params.section_of("fetch.encoders")
+    for name, entry in entries.items():
+        file = target / f"{name}.json"
+        key, place = f"fetch.encoders.{name}", entry
+        if isinstance(entry, dict):
+            key, place = f"{key}.weights", params.section_of(key).get("weights", "")
+        _write(file, _identified(key, str(place), _written(file)))
+    for file in target.glob("*.json"):
+        if file.stem not in entries:
+            file.unlink()
+
+
+def _identified(key: str, name: str, known: dict[str, str]) -> dict[str, str]:
+    """The file or folder that a param names, by digest; of an absent one what is `known` stays."""
+    place = cohort.locate(name)
+    files = [] if name in NO_FILE else sorted(_files(place)) if place.is_dir() else [place]
+    if all(file.is_file() for file in files):
+        return {"name": name, "digest": digests.digest_of(files) if files else ""}
+    if known.get("name") == name:
+        logger.info("index: no %s here, its digest is kept", name)
+        return known
+    raise FileNotFoundError(
+        f"{key} is {name}, and there is no such file: mend the path, or set it to one of none, timm"
+    )
+
+
+def _written(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    with run.atomic(file) as temporary:
         temporary.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
@@ -111,15 +142,28 @@ def _check_names() -> None:
     for place, names in (("evaluate.heads", heads), ("embed.encoders", encoders)):
         if not names:
             raise ValueError(f"params.yaml: {place} is {names}: name one or more")
+    fetched = params.section_of("fetch.encoders")
+    for name in fetched:
+        if not re.fullmatch(NAME, str(name)) or name in OCCUPIED:
+            raise ValueError(
+                f"params.yaml: fetch.encoders names an encoder {name!r}: begin with a letter or "
+                f"digit, go on with letters, digits, _ and -, and take none of {_list(OCCUPIED)}"
+            )
     for name in encoders:
-        if name not in ENCODERS:
-            choice = ", ".join(ENCODERS)
-            raise ValueError(f"params.yaml: embed.encoders names {name!r}: choose of {choice}")
+        if name not in (*ENCODERS, *fetched):
+            raise ValueError(
+                f"params.yaml: embed.encoders names {name!r}: choose of "
+                f"{_list((*ENCODERS, *fetched))}, or describe it in fetch.encoders"
+            )
     plugins.check("sources", params.section_of("cohort")["source"])
     plugins.check("detectors", params.section_of("detect")["detector"])
     plugins.check("methods", params.section_of("pretrain")["method"])
     for name in heads:
         plugins.check("heads", name)
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(names)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -173,6 +173,22 @@ def test_the_queue_runs_every_value(chain):
     assert {'"seeds": 3', '"seeds": 4'} <= set(re.findall(r'"seeds": \d', json.dumps(shown)))
 
 
+def test_an_encoder_from_elsewhere_costs_only_that(chain):
+    repository, _ = chain
+    copied = repository.folder / "slides" / "earlier"  # git ignores it
+    shutil.copytree(repository.folder / "data/pretrain/untrained", copied)
+    with_it = ["pretrained", "untrained", "earlier"]
+    changes = {"fetch.encoders": {"earlier": "slides/earlier"}, "embed.encoders": with_it}
+    set_params(repository.folder, changes)
+    output = repository.run("dvc", "repro", "embed@earlier")
+    assert stages_run(output) == {"fetch", "embed"}
+    assert "embed: 0 slides to make, 12 reused" in output  # the weights are those of untrained
+    (copied / "encoder.json").write_text((copied / "encoder.json").read_text() + "\n")
+    assert stages_run(repository.run("dvc", "repro", "embed@earlier")) == {"fetch", "embed"}
+    repository.run("git", "checkout", "-q", ".")
+    repository.run("dvc", "checkout")
+
+
 def test_a_new_slide_is_the_only_one_made_and_going_back_is_free(chain):
     repository, _ = chain
     set_params(repository.folder, {"cohort.synthetic.slides": 13})

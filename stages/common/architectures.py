@@ -198,7 +198,7 @@ def from_hub(architecture: str) -> dict[str, Tensor]:
         place = found.hf_hub_id if found else None
     if not place:
         raise ValueError(
-            f"timm's hub has no weights for {architecture}: set pretrain.weights to none or to a "
+            f"timm's hub has no weights for {architecture}: set `weights` to none or to a "
             "safetensors file"
         )
     try:
@@ -209,7 +209,7 @@ def from_hub(architecture: str) -> dict[str, Tensor]:
             f"the weights of {architecture} were not had from https://huggingface.co/{place}: "
             f"{first} Accept the terms on that page if it has some and set HF_TOKEN to a token of "
             "yours; without a network, fetch the safetensors file elsewhere and set "
-            "pretrain.weights to its path"
+            "`weights` to its path"
         ) from None
 
 

@@ -36,12 +36,12 @@ def prepare(
     patches: UInt8[Tensor, "batch height width 3"], spec: EncoderSpec
 ) -> Float[Tensor, "batch 3 px px"]:
     """Patches as the encoder expects them: resized with antialiasing, then normalised."""
-    images = patches.permute(0, 3, 1, 2).float() / 255
+    images = patches.permute(0, 3, 1, 2).contiguous().float()
     if images.shape[2:] != (spec.image_px, spec.image_px):
         side = (spec.image_px, spec.image_px)
-        images = F.interpolate(images, side, mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
-    return (images - mean) / std
+        images = F.interpolate(images, side, mode="bicubic", antialias=True).clamp_(0, 255)
+    mean, std = (255 * images.new_tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+    return images.sub_(mean).div_(std)
 
 
 def save(folder: Path, model: nn.Module, spec: EncoderSpec, provenance: dict[str, Any]) -> None:

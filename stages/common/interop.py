@@ -6,9 +6,12 @@ file          what                   shape                    dtype
 <slide>.pt    torch.save of them     [patch, dim]             no coords, no attributes
 
 `coords` carries attributes: patch_size (px as the encoder saw it), patch_size_level0 (px of
-level 0), name; ours adds mpp and slide_mpp, which theirs leave out, and patch_level 0 and
-downsample 1, which programs that follow CLAM ask for. Files are not trusted: nothing is unpickled
-but tensors, nothing outside of the file is followed, and sizes are looked at before they are read.
+level 0), target_magnification and level0_magnification (10 / mpp, not rounded, so that their ratio
+is that of the mpp), name; ours adds unit, mpp and slide_mpp, which theirs leave out, and
+patch_level 0 and downsample 1, which programs that follow CLAM ask for. TRIDENT's overlap,
+level0_width and level0_height are not in a bag and not written. Files are not trusted: nothing is
+unpickled but tensors, nothing outside of the file is followed, and sizes are looked at before they
+are read.
 """
 
 import contextlib

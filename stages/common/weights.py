@@ -41,8 +41,7 @@ def tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"no weights at {path}: pretrain.weights must be none, timm or the path of a "
-            "safetensors file"
+            f"no weights at {path}: `weights` must be none, timm or the path of a safetensors file"
         )
     try:
         return load_file(path)

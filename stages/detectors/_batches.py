@@ -6,12 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from stages.common.memory import is_out_of_memory
 from stages.detectors import Detection, Detector
 
 logger = logging.getLogger(__name__)
-
-# As torch and TorchScript say it, on a GPU and on a CPU; the latter two raise plain RuntimeErrors.
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class Batches:
@@ -53,7 +51,7 @@ class Batches:
         try:
             return self._detector(patches, mpp)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         return None
 
@@ -83,10 +81,3 @@ class Batches:
 def of(detector: Detector, batch: int) -> Batches:
     """One a process, and so one a GPU: what it learned of the memory holds for the next slide."""
     return Batches(detector, batch)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # By name: torch, whose error this is, is not to be imported for detectors without it.
-    names = {kind.__name__ for kind in type(error).__mro__}
-    text = str(error).lower()
-    return bool(names & {"OutOfMemoryError", "MemoryError"}) or any(it in text for it in SIGNS)

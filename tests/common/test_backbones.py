@@ -231,7 +231,7 @@ def test_hub_that_is_not_reached_says_what_to_do(monkeypatch):
     monkeypatch.setattr(architectures, "load_state_dict_from_hf", refuse)
     wanted = (
         r"huggingface.co/prov-gigapath/prov-gigapath: 401 Client Error Accept the terms .* set "
-        r"HF_TOKEN .* set pretrain.weights to its path"
+        r"HF_TOKEN .* set `weights` to its path"
     )
     with pytest.raises(OSError, match=wanted):
         begin(backbone=architectures.GIGAPATH, weights="timm")

@@ -122,8 +122,10 @@ def test_exported_files_have_the_layout_that_others_read(lab, foreign, tmp_path)
         count = len(features)
         assert (features.dtype, features.shape) == (np.float32, (count, 5))
         assert (coords.dtype, coords.shape) == (np.int64, (count, 2))
-        told = {name: coords.attrs[name] for name in (*SIDE, "patch_level", "downsample", "name")}
-        assert told == {**SIDE, "patch_level": 0, "downsample": 1, "name": "train-1"}
+        wanted = {**SIDE, "patch_level": 0, "downsample": 1, "name": "train-1"}
+        wanted |= {"mpp": 1.0, "slide_mpp": 0.5, "unit": "pixels of level 0"}
+        wanted |= {"target_magnification": 10.0, "level0_magnification": 20.0}
+        assert {name: coords.attrs[name] for name in coords.attrs if name != "content"} == wanted
     tensor = torch.load(tmp_path / "out" / "pt_files" / "train-1.pt", weights_only=True)
     np.testing.assert_array_equal(tensor.numpy(), embedding_of(lab.rows[1]))
 

@@ -52,18 +52,6 @@ def test_one_patch_too_many_names_the_batch_and_the_device():
         list(_batches.Batches(Small(fits=0), 4)(numbered(5), 0.5))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "The following operation failed in the TorchScript interpreter.\nCUDA out of memory.",
-        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
-    ],
-)
-def test_knows_memory_errors_that_have_no_type_of_their_own(text):
-    assert _batches._is_out_of_memory(RuntimeError(text))
-    assert not _batches._is_out_of_memory(RuntimeError("shape mismatch"))
-
-
 def test_other_errors_of_a_detector_are_not_swallowed():
     class Broken(Small):
         def __call__(self, patches, mpp):

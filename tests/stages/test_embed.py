@@ -9,28 +9,14 @@ import pytest
 import torch
 
 from stages import embed
-from stages.common import cache, encoders, stores
+from stages.common import encoders, stores
 from stages.common.perslide import Job
+from tests.common.stored import PX, a_slide
 
-PX = 31
 SPEC = encoders.EncoderSpec(
     "test_vit", 24, 8, 3, "qkv", encoders.MEAN, encoders.STD, patch_px=PX, mpp=0.5
 )
-SETTINGS = embed.EmbedParams(encoders=("pretrained",), batch=3, central_crop=False)
-
-
-def a_slide(source: Path, name: str, count: int, mpp: float = 0.5) -> None:
-    rng = np.random.default_rng(ord(name))
-    attributes = {"slide_id": name, "mpp": mpp, "slide_mpp": 0.25, "input": "-"}
-
-    def make(folder: Path) -> None:
-        patches = rng.integers(0, 256, (count, PX, PX, 3), dtype=np.uint8)
-        origin = rng.integers(0, 10**5, (count, 2))
-        stores.create_patches(folder / "patches.zarr", patches, origin, PX, attributes, "zstd")
-
-    key = cache.key_of("tile", name, (str(count), str(mpp)), {}, "")
-    cache.build("tile", key, name, {}, make)
-    cache.link(cache.entry("tile", key), source / name)
+SETTINGS = embed.EmbedParams(("pretrained",), 3, central_crop=False, autocast="none", device="cpu")
 
 
 def an_encoder(folder: Path, seed: int = 0) -> Path:
@@ -44,7 +30,7 @@ def data(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
     Path("params.yaml").write_text('engine:\n  workers: 1\n  scheduler: ""\n')
-    embed._encoder.cache_clear()
+    embed._network.cache_clear()
     a_slide(tmp_path / "tile", "a", 7)
     an_encoder(tmp_path / "pretrained")
     return tmp_path
@@ -59,13 +45,15 @@ def a_job(data: Path, name: str = "a", batch: int = 3, central_crop: bool = Fals
         "weights": weights,
         "batch": batch,
         "central_crop": central_crop,
+        "autocast": "none",
+        "device": "cpu",
     }
     return Job(name, ("tile", weights), arguments)
 
 
 def made(data: Path, folder: str = "made", **job) -> stores.Bag:
     (data / folder).mkdir()
-    embed.make(data / folder, a_job(data, **job))
+    embed.make_many([data / folder], [a_job(data, **job)])
     return stores.open_bag(data / folder / "bag.zarr")
 
 
@@ -92,6 +80,19 @@ def test_equal_inputs_give_equal_bytes(data):
         assert file.read_bytes() == other.read_bytes()
 
 
+def test_bytes_do_not_depend_on_the_slides_beside_it(data):
+    a_slide(data / "tile", "b", 5)
+    made(data, "alone")
+    folders = [data / "together" / name for name in "ba"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    embed.make_many(folders, [a_job(data, name) for name in "ba"])
+    assert len(stores.open_bag(folders[0] / "bag.zarr").embedding) == 5
+    for file in ("embedding/c.0.0", "origin/c.0.0", "zarr.json", "embedding/zarr.json"):
+        one, other = (folder / "bag.zarr" / file for folder in (data / "alone", folders[1]))
+        assert one.read_bytes() == other.read_bytes()
+
+
 def test_a_slide_without_patches_has_an_empty_bag(data):
     a_slide(data / "tile", "e", 0)
     assert made(data, name="e").embedding.shape == (0, 64)
@@ -111,19 +112,53 @@ def test_the_second_scale_is_the_central_half_at_the_encoders_side(data):
     assert np.abs(bag.crop - bag.embedding).max() > 0.01
 
 
-@pytest.mark.parametrize(("px", "first", "last"), [(1, 0, 0), (2, 0, 1), (30, 7, 22), (32, 8, 23)])
-def test_the_central_half_lies_in_the_middle(px, first, last):
-    rows = torch.arange(px, dtype=torch.uint8).view(1, px, 1, 1).expand(1, px, px, 3)
-    half = embed.central_half(rows)
-    assert half.shape[1] == half.shape[2]
-    assert (half[0, 0, 0, 0], half[0, -1, 0, 0]) == (first, last)
+def test_what_decides_the_bytes_is_in_the_key(data, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        embed.perslide, "run", lambda *_, settings, **__: seen.append(settings) or []
+    )
+    monkeypatch.setattr(embed.devices, "count", lambda: 2)
+    changes = ({}, {"batch": 4}, {"central_crop": True}, {"autocast": "bf16"}, {"device": "cuda"})
+    for change in changes:
+        settings = dataclasses.replace(SETTINGS, **change)
+        embed.main(data / "tile", data / "pretrained", data / "embed", settings)
+    assert all(one not in seen[:at] for at, one in enumerate(seen))
 
 
-def test_asking_for_the_second_scale_makes_every_bag_anew(data):
-    target, two_scales = data / "embed", dataclasses.replace(SETTINGS, central_crop=True)
-    for settings, has_crop in ((SETTINGS, False), (two_scales, True), (SETTINGS, False)):
-        embed.main(data / "tile", data / "pretrained", target, settings)
-        assert (stores.open_bag(target / "a" / "bag.zarr").crop is not None) is has_crop
+@pytest.mark.parametrize(
+    ("device", "told"), [("cpu", ("cpu", 1)), ("cuda", ("cuda", 3)), ("auto", ("cuda", 3))]
+)
+def test_slides_share_batches_on_gpus_of_their_own(data, monkeypatch, device, told):
+    """Five slides of 7 patches, batches of 3: eight batches hold more than half of the slides."""
+    seen = []
+    run = lambda *_, device, together, **__: seen.append((device, together)) or []  # noqa: E731
+    monkeypatch.setattr(embed.perslide, "run", run)
+    monkeypatch.setattr(embed.devices, "count", lambda: 2)
+    for name in "bcde":
+        a_slide(data / "tile", name, 7)
+    settings = dataclasses.replace(SETTINGS, device=device)
+    embed.main(data / "tile", data / "pretrained", data / "embed", settings)
+    assert seen == [told]
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "even"), [(0, 5, 1), (1, 5, 1), (5, 5, 5), (6, 5, 3), (25, 20, 13)]
+)
+def test_batches_of_a_slide_are_even(count, most, even):
+    assert embed._even(count, most) == even
+
+
+def test_refuses_embeddings_that_are_not_finite(data, monkeypatch):
+    original = embed.embedding.embed
+
+    def spoiled(*given):
+        for rows in original(*given):
+            rows[0, 5, 1] = np.nan
+            yield rows
+
+    monkeypatch.setattr(embed.embedding, "embed", spoiled)
+    with pytest.raises(ValueError, match=r"slide a: the embedding of patch 5 is not finite \(1 of"):
+        made(data)
 
 
 def test_rejects_a_crop_of_another_width(tmp_path):
@@ -133,20 +168,28 @@ def test_rejects_a_crop_of_another_width(tmp_path):
         stores.create_bag(tmp_path / "bag.zarr", *arrays, attributes, np.zeros((3, 4)))
 
 
-def test_new_slide_costs_one_slide(data, caplog):
+def test_a_new_slide_or_encoder_costs_only_that(data, caplog):
     caplog.set_level(logging.INFO)
-    target = data / "embed"
 
-    def run() -> str:
+    def run(encoder: str = "pretrained") -> str:
         caplog.clear()
-        embed.main(data / "tile", data / "pretrained", target, SETTINGS)
+        embed.main(data / "tile", data / encoder, data / "embed" / encoder, SETTINGS)
         return next(record.message for record in caplog.records if "reused" in record.message)
 
     assert run() == "embed: 1 slides to make, 0 reused"
     a_slide(data / "tile", "b", 2)
     assert run() == "embed: 1 slides to make, 1 reused"
-    assert [len(stores.open_bag(target / name / "bag.zarr").embedding) for name in "ab"] == [7, 2]
-    assert run() == "embed: 0 slides to make, 2 reused"
+    an_encoder(data / "other", seed=1)
+    assert run("other") == "embed: 2 slides to make, 0 reused"
+    assert run() == run("other") == "embed: 0 slides to make, 2 reused"
+    for encoder in ("pretrained", "other"):
+        bags = [stores.open_bag(data / "embed" / encoder / name / "bag.zarr") for name in "ab"]
+        assert [len(bag.embedding) for bag in bags] == [7, 2]
+    assert not np.allclose(*(made_by(data, encoder) for encoder in ("pretrained", "other")))
+
+
+def made_by(data: Path, encoder: str) -> np.ndarray:
+    return stores.open_bag(data / "embed" / encoder / "a" / "bag.zarr").embedding
 
 
 def test_key_of_a_slide_follows_the_weights(data, monkeypatch):
@@ -174,4 +217,4 @@ def test_says_what_to_run_where_something_is_missing(data):
 
 def test_rejects_an_empty_batch():
     with pytest.raises(ValueError, match=r"embed\.batch is 0: it must be 1 or more"):
-        embed.EmbedParams(encoders=("pretrained",), batch=0, central_crop=False)
+        dataclasses.replace(SETTINGS, batch=0)
