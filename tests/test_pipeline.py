@@ -224,8 +224,8 @@ def test_a_slide_that_fails_is_quarantined_and_all_stages_go_on_without_it(chain
     slides.mkdir()
     lines = ["slide,slide_id,label,patient,split,mpp"]
     for row in drawn:
-        shutil.copy(repository.folder / row["path"], slides)
-        name, rest = Path(row["path"]).name, ("label", "patient", "split", "mpp")
+        name, rest = f"{row['slide_id']}.tiff", ("label", "patient", "split", "mpp")
+        shutil.copy(repository.folder / row["path"], slides / name)
         lines.append(",".join([name, row["slide_id"], *(row[key] for key in rest)]))
     Image.new("RGB", (1024, 1024), "white").save(slides / "blank.png")
     lines.append(f"blank.png,blank,{drawn[0]['label']},p-blank,test,0.25")
