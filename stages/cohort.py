@@ -8,6 +8,7 @@ Every problem is found here and all are told at once: files that are missing or 
 that is not known, an id twice, one class only, a patient in two splits.
 """
 
+import functools
 import logging
 import random
 import re
@@ -21,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stages.common import cohort, digests, params, plugins, run, slides
+from stages.common import cohort, digests, fingerprint, params, plugins, run, slides
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
@@ -122,11 +123,24 @@ def _opened(rows: list[SlideRow]) -> list[SlideRow]:
 
 
 def _open(row: SlideRow) -> SlideRow:
+    """Opening and probing takes long with thousands of slides on a network: once a slide."""
     path = cohort.locate(row.path)
+    files = slides.content_files(path)
+    question = f"mpp of {path}, {row.mpp} given, by {_reader()}"
+    mpp = digests.once(files, question, lambda: _probed(path, row))
+    return replace(row, mpp=mpp, digest=digests.digest_of(files))
+
+
+def _probed(path: Path, row: SlideRow) -> str:
     slide = slides.Slide(path, float(row.mpp) if row.mpp else None)
     slide.probe()
-    digest = digests.digest_of(slides.content_files(path))
-    return replace(row, mpp=repr(slide.mpp), digest=digest)
+    return repr(slide.mpp)
+
+
+@functools.cache
+def _reader() -> str:
+    """Digest of the code that reads slides."""
+    return fingerprint.code_digest((slides.__name__,))
 
 
 def _odd_mpp(rows: list[SlideRow]) -> list[str]:
@@ -197,13 +211,8 @@ def _draw(
 def _patient_labels(rows: list[SlideRow]) -> dict[str, str]:
     """A patient's rarest label decides, so that no class is lost among mixed patients."""
     counts = Counter(row.label for row in rows)
-    labels = defaultdict(set)
-    for row in rows:
-        labels[row.patient].add(row.label)
-    return {
-        patient: min(own, key=lambda label: (counts[label], label))
-        for patient, own in labels.items()
-    }
+    first = sorted(rows, key=lambda row: (counts[row.label], row.label), reverse=True)
+    return {row.patient: row.label for row in first}  # the last one stands
 
 
 def _check_splits(rows: list[SlideRow]) -> None:

@@ -80,6 +80,25 @@ def test_lists_the_slides_with_digest_and_mpp():
     assert cohort.read_classes() == ["benign", "malignant"]
 
 
+def test_slides_that_did_not_change_are_not_opened_again_and_a_damaged_one_is(monkeypatch):
+    stage.main()
+    opened = []
+    first = stage.slides.Slide
+
+    def counted(path, mpp):
+        opened.append(path.name)
+        return first(path, mpp)
+
+    monkeypatch.setattr(stage.slides, "Slide", counted)
+    stage.main()
+    assert not opened
+    file = Path("slides/inner/s03.png")
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match="slide s03.png is damaged"):
+        stage.main()
+    assert opened == ["s03.png"]
+
+
 def test_the_positive_class_is_the_last():
     write_params(positive="benign")
     stage.main()
