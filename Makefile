@@ -22,7 +22,7 @@ repro: setup
 	dvc repro
 
 test: setup lint
-	python -m pytest
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	ruff check .

@@ -3,9 +3,12 @@
     reads   the source named in params.yaml (stages/sources), data/index/slides.csv
     writes  data/cohort/cohort.csv    one slide a row: id, path, label, patient, split, mpp, digest
             data/cohort/classes.json  the classes in order; of two the positive one last
+            data/cohort/failed.csv    slides that on_error: quarantine left out
 
 Every problem is found here and all are told at once: files that are missing or damaged, an mpp
-that is not known, an id twice, one class only, a patient in two splits.
+that is not known, an id twice, one class only, a patient in two splits. What is wrong with one
+slide's file leaves out that slide, where `on_error` is quarantine; what is wrong with the table
+is always an error.
 """
 
 import logging
@@ -13,15 +16,11 @@ import random
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from stages.common import cohort, digests, params, plugins, run, slides
+from stages.common import cohort, failures, intake, params, plugins, run
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,6 @@ SLIDE_ID = re.compile(r"[^\W_]([\w .()+=@-]*[\w()+=@-])?")  # names a folder on 
 LONGEST_ID = 120  # bytes; file systems take 255 for a name, and suffixes are added
 RESERVED = {"metrics.json", "slides", "con", "nul"}
 MPP_FACTOR = 1.6  # 0.25 and 0.26 are one scanner's; 0.25 and 0.5 are another lens, or a wrong value
-READERS = 4  # threads: hashing and opening wait for the disk
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,18 @@ def main(target: Path = Path("data/cohort")) -> None:
     rows = sorted(source.build(settings, seed, target), key=lambda row: row.slide_id)
     _check_table(rows)
     classes = _classes(rows, chosen.positive)
-    rows = _opened(rows)
+    rows, failed = intake.look(rows)
+    if params.load(failures.FailureParams).on_error == "stop":
+        _raise([why for _, why in sorted(failed.items())])
+    elif failed:
+        _tell(failed)
+        classes = _classes(rows, chosen.positive)
     odd = _odd_mpp(rows)
     rows = _split(rows, chosen, seed)
     cohort.write_rows(target, rows, classes)
-    run.write_metrics(target / "metrics.json", {**_metrics(rows), "mpp_outliers": len(odd)})
+    failures.write(target, failed)
+    told = {"mpp_outliers": len(odd), "failed": len(failed)}
+    run.write_metrics(target / "metrics.json", {**_metrics(rows), **told})
     logger.info("cohort: %d slides of %d patients", len(rows), len({row.patient for row in rows}))
 
 
@@ -101,31 +106,9 @@ def _classes(rows: list[SlideRow], positive: str) -> list[str]:
     return sorted(labels, key=lambda label: (label == positive, label))
 
 
-def _opened(rows: list[SlideRow]) -> list[SlideRow]:
-    """Open every slide, note its mpp and digest its content."""
-    with ThreadPoolExecutor(READERS) as pool:
-        results = list(
-            tqdm(pool.map(_caught(_open), rows), total=len(rows), desc="cohort", unit="slide")
-        )
-    _raise([result for result in results if isinstance(result, str)])
-    first: dict[str, SlideRow] = {}
-    twins = [(first.setdefault(row.digest, row), row) for row in results]
-    _raise(
-        [
-            f"slides {one.slide_id} ({one.path}) and {other.slide_id} ({other.path}) have the same "
-            "content: take one out, or it may be trained and tested on"
-            for one, other in twins
-            if one is not other
-        ]
-    )
-    return results
-
-
-def _open(row: SlideRow) -> SlideRow:
-    path = cohort.locate(row.path)
-    with slides.Slide(path, float(row.mpp) if row.mpp else None) as slide:
-        slide.probe()
-        return replace(row, mpp=repr(slide.mpp), digest=digests.digest_of(slide.files()))
+def _tell(failed: dict[str, str]) -> None:
+    listed = "".join(f"\n  {slide_id}: {why}" for slide_id, why in sorted(failed.items()))
+    logger.warning("cohort: %d slides quarantined:%s", len(failed), listed)
 
 
 def _odd_mpp(rows: list[SlideRow]) -> list[str]:
@@ -144,16 +127,6 @@ def _odd_mpp(rows: list[SlideRow]) -> list[str]:
             usual,
         )
     return [row.slide_id for row in odd]
-
-
-def _caught(task: Callable[[SlideRow], SlideRow]) -> Callable[[SlideRow], SlideRow | str]:
-    def attempt(row: SlideRow) -> SlideRow | str:
-        try:
-            return task(row)
-        except (ValueError, OSError, ImportError) as error:
-            return str(error)
-
-    return attempt
 
 
 def _split(rows: list[SlideRow], chosen: CohortParams, seed: int) -> list[SlideRow]:
@@ -196,13 +169,8 @@ def _draw(
 def _patient_labels(rows: list[SlideRow]) -> dict[str, str]:
     """A patient's rarest label decides, so that no class is lost among mixed patients."""
     counts = Counter(row.label for row in rows)
-    labels = defaultdict(set)
-    for row in rows:
-        labels[row.patient].add(row.label)
-    return {
-        patient: min(own, key=lambda label: (counts[label], label))
-        for patient, own in labels.items()
-    }
+    first = sorted(rows, key=lambda row: (counts[row.label], row.label), reverse=True)
+    return {row.patient: row.label for row in first}  # the last one stands
 
 
 def _check_splits(rows: list[SlideRow]) -> None:

@@ -76,7 +76,7 @@ def collect(data: Path, settings_file: Path) -> dict[str, Any]:
     return {
         "counts": {stage: _flat(_read_json(data / stage, stage)) for stage in COUNTED},
         "quarantined": left_out,
-        "of_slides": len(rows),
+        "of_slides": len(rows) + len(failures.read(data / "cohort")),
         "cells": cells,
         "positive": classes[-1],
         "evaluation": cell_figures.section(data, cells),
@@ -101,8 +101,12 @@ def quarantined(data: Path) -> dict[str, str]:
         slide_id: f"Not {'trained on or ' * error.startswith('tile')}evaluated. {error}"
         for slide_id, error in failures.read(data / "split").items()
     }
+    unread = {
+        slide_id: f"Not in the cohort. {error}"
+        for slide_id, error in failures.read(data / "cohort").items()
+    }
     both = {name: f"{training[name]} {evaluation[name]}" for name in training.keys() & evaluation}
-    return dict(sorted({**training, **evaluation, **both}.items()))
+    return dict(sorted({**training, **evaluation, **both, **unread}.items()))
 
 
 def read_cells(folder: Path, settings_file: Path) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ TINY = {
     "evaluate.seeds": 2,
     "evaluate.abmil.training.epochs": 3,
 }
+PER_SLIDE = ("tile", "detect", "perturb")
 AFTER_PRETRAIN = {"embed", "evaluate", "compare", "report"}
 
 
@@ -193,7 +194,7 @@ def test_a_new_slide_is_the_only_one_made_and_going_back_is_free(chain):
     repository, _ = chain
     set_params(repository.folder, {"cohort.synthetic.slides": 13})
     output = repository.run("dvc", "repro", "perturb")
-    for stage in ("tile", "detect", "perturb"):
+    for stage in PER_SLIDE:
         assert f"{stage}: 1 slides to make, 12 reused" in output
     set_params(repository.folder, {"cohort.synthetic.slides": 12})
     output = repository.run("dvc", "repro", "perturb", "--no-run-cache")
@@ -212,8 +213,20 @@ def test_pushed_stores_are_pulled_and_refill_the_cache(chain, tmp_path):
     copy.run("dvc", "pull", "-q")
     assert stages_run(copy.run("dvc", "repro")) == set()
     assert re.search(r"[1-9]\d* results linked", copy.run("python", "-m", "stages.common.cache"))
-    output = copy.run("dvc", "repro", "--force", "--single-item", "tile")
-    assert "tile: 0 slides to make, 12 reused" in output
+    set_params(copy.folder, {"cohort.synthetic.slides": 13})
+    output = copy.run("dvc", "repro", "perturb")
+    for stage in PER_SLIDE:
+        assert f"{stage}: 1 slides to make, 12 reused" in output
+
+
+def test_a_slide_is_few_files(chain):
+    """DVC and network file systems pay by the file."""
+    repository, _ = chain
+    for stage in (*PER_SLIDE, "embed/pretrained"):
+        folders = [path for path in (repository.folder / "data" / stage).iterdir() if path.is_dir()]
+        assert len(folders) == 12
+        for folder in folders:
+            assert sum(path.is_file() for path in folder.rglob("*")) <= 12
 
 
 def test_a_slide_that_fails_is_quarantined_and_all_stages_go_on_without_it(chain):

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
-from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor, nn
 
 from stages.common import cohort, encoders, stores
@@ -102,6 +101,8 @@ class Probe:
         return torch.cat(rows).float()
 
     def _told(self, rows: Float[Tensor, "patch dim"]) -> float:
+        from sklearn.metrics import balanced_accuracy_score  # here: a second of every start
+
         label, patient = (
             torch.from_numpy(of_slide[self.slide]).to(rows.device)
             for of_slide in (self.label, self.patient)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from stages import cohort as stage
 from stages import index
-from stages.common import cohort
+from stages.common import cohort, failures, slides
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,25 @@ def test_lists_the_slides_with_digest_and_mpp():
     assert found[3].path == "slides/inner/s03.png" and found[3].mpp == "0.25"
     assert len({row.digest for row in found}) == 12
     assert cohort.read_classes() == ["benign", "malignant"]
+
+
+def test_slides_that_did_not_change_are_not_opened_again_and_a_damaged_one_is(monkeypatch):
+    stage.main()
+    opened = []
+    first = slides.Slide
+
+    def counted(path, mpp):
+        opened.append(path.name)
+        return first(path, mpp)
+
+    monkeypatch.setattr(slides, "Slide", counted)
+    stage.main()
+    assert not opened
+    file = Path("slides/inner/s03.png")
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ValueError, match="slide s03.png is damaged"):
+        stage.main()
+    assert opened == ["s03.png"]
 
 
 def test_the_positive_class_is_the_last():
@@ -213,6 +232,24 @@ def test_refuses_the_same_content_under_two_names():
     Path("slides/inner/s03.png").write_bytes(Path("slides/inner/s00.png").read_bytes())
     with pytest.raises(ValueError, match=r"slides s00 \(.*\) and s03 \(.*\) have the same content"):
         stage.main()
+
+
+def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
+    """Cut short, gone with its folder, and a copy under another name; their classes stay two."""
+    Path("slides/inner/s02.png").write_bytes(Path("slides/inner/s02.png").read_bytes()[:60])
+    shutil.copy("slides/inner/s04.png", "slides/inner/s06.png")
+    with pytest.raises(ValueError, match=r"the cohort has 2 problems:(?s:.*)s02\.png is damaged"):
+        stage.main()
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump({**values, "on_error": "quarantine"}))
+    stage.main()
+    assert [row.slide_id for row in cohort.read_rows(Path("data/cohort"))] == [
+        f"s{number:02d}" for number in range(12) if number not in (2, 6)
+    ]
+    failed = failures.read(Path("data/cohort"))
+    assert list(failed) == ["s02", "s06"] and "same content" in failed["s06"]
+    metrics = json.loads(Path("data/cohort/metrics.json").read_text())
+    assert (metrics["slides"], metrics["failed"]) == (10, 2)
 
 
 @pytest.mark.parametrize(
