@@ -2,9 +2,10 @@
 
 A nucleus is a compact spot that absorbs red and green more than its surround does, and blue no
 more than red: so do all of Papanicolaou, Giemsa and haematoxylin, and neither eosin, haemoglobin
-nor dust. Pen strokes are too wide, rings of bubbles and the edge of the coverslip too long, folds
-not clear of their surround. Measures as in detect's `hematoxylin`, at half its resolution and
-without its watershed: a patch is foreground by what it holds, not by each nucleus found.
+nor dust. Rings of bubbles and the edge of the coverslip are too long, folds not clear of their
+surround; strokes of a pen are known by their width and left with all below. Measures as in detect's
+`hematoxylin`, at half its resolution and without its watershed: a patch is foreground by what it
+holds, not by each nucleus found.
 """
 
 from dataclasses import dataclass, fields
@@ -20,7 +21,7 @@ BLUR_UM = 0.4  # sigma, before anything else
 RADIUS_UM = (1.8, 10.0)  # of a nucleus, as the circle of equal area
 HALF, REACH_UM = 0.5, 4.0  # a nucleus ends at this share of the highest density within reach
 GAP_UM, RING_UM = 0.75, 1.5  # its surround begins so far outside, and is so wide
-LEAST_ROUND = 0.35  # short over long axis of the ellipse with the same moments
+LEAST_ROUND = 0.42  # short over long axis of the ellipse with the same moments
 LEAST_FULL = 0.65  # area over that ellipse's
 LEAST_CLEAR, NOISE = 2.0, 0.02  # density above the surround over the surround's spread
 LEAST_BLUE = 1.05  # red over blue density above the surround
@@ -59,7 +60,8 @@ class View:
     """A window as optical density (base 10) above the slide's glass."""
 
     density: Colour
-    edges: tuple[Image, Image]  # of the densest channel, see stages/common/focus.py
+    highest: Image  # of the channels
+    edges: tuple[Image, Image]  # of the highest, see stages/common/focus.py
     um: float  # microns per pixel
 
 
@@ -68,7 +70,8 @@ def view(pixels: UInt8[np.ndarray, "height width 3"], white: np.ndarray, um: flo
     table = -np.log10(np.maximum(np.arange(256), DARKEST) / 255).astype(np.float32)
     glass = -np.log10(np.maximum(white, DARKEST) / 255).astype(np.float32)
     density = cv2.GaussianBlur(cv2.LUT(pixels, table) - glass, (0, 0), BLUR_UM / um)
-    return View(density, focus.edges(density.max(axis=2), um), um)
+    highest = cv2.max(cv2.max(density[..., 0], density[..., 1]), density[..., 2])
+    return View(density, highest, focus.edges(highest, um), um)
 
 
 def disk(radius_px: float) -> UInt8[np.ndarray, "side side"]:
@@ -87,6 +90,7 @@ def nuclei(seen: View, least_density: float, gray: bool) -> Blobs:
     """
     stain = cv2.min(seen.density[..., 0], seen.density[..., 1])
     mask = _spots(stain, seen.um, least_density)
+    mask[_ink(seen.highest, seen.um)] = 0
     count, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
     return _judged(seen, stain, labels, count, stats[:, cv2.CC_STAT_AREA], least_density, gray)
 
@@ -182,7 +186,7 @@ def cells(seen: View, least_density: float, square_px: int, gray: bool) -> Blobs
 
     Stains have a colour; dust, the rings of bubbles and the coverslip's edge have none.
     """
-    low, high = seen.density.min(axis=2), seen.density.max(axis=2)
+    low, high = seen.density.min(axis=2), seen.highest
     stained = (high > least_density) & (gray | (low < COLOURLESS * high))
     thick = cv2.morphologyEx(stained.astype(np.uint8), cv2.MORPH_OPEN, disk(THICK_UM / seen.um))
     thick[_ink(high, seen.um)] = 0

@@ -18,7 +18,7 @@ from stages.common.slides import Slide
 
 MPP = 1.0  # 10x; a slide that is coarser is looked at as it is
 WINDOW_PX = (1024, 2048)  # width and height: pixels in memory at a time, but for the margin
-MARGIN_UM = 32.0  # more than a nucleus and what it is judged by reach
+MARGIN_UM = 64.0  # more than a nucleus, a disk of ink, and what they are judged by reach
 SQUARE_UM = 16.0  # of the map, at most: half a patch where that is less
 THUMBNAIL_PX = 1024
 GLASS_PERCENTILE = 90  # cytology slides are mostly bright and empty
@@ -107,7 +107,7 @@ class _Window:
         left, top, right, bottom = self.inner
         rows = slice(top - self.outer[1], bottom - self.outer[1])
         columns = slice(left - self.outer[0], right - self.outer[0])
-        stained = seen.density[rows, columns].max(axis=2) > STAINED
+        stained = seen.highest[rows, columns] > STAINED
         images = (np.ones_like(stained), stained, *(edge[rows, columns] for edge in seen.edges))
         area, full, once, again = (blobs.block_sums(image, square) for image in images)
         y, x = (
