@@ -29,6 +29,7 @@ from stages.common import (
     params,
     plugins,
     portions,
+    readers,
     run,
 )
 from stages.common.disk import Needs, human
@@ -85,7 +86,7 @@ def main(data: Path = Path("data")) -> None:
         logger.info("%-20s %10s %10s %10s", row.name, *cells)
     for place in disk.places(data):
         logger.info("%s: %s free", place.absolute(), human(disk.free_bytes(place)))
-    disk.check("the run", Needs(missing, REMEDY, firm=cut.sampling != "grid"), data)
+    disk.check("the run", Needs(missing, REMEDY, firm=appetite.is_firm(cut)), data)
 
 
 def _slides(folder: Path, cut: Any) -> Slides:
@@ -95,7 +96,7 @@ def _slides(folder: Path, cut: Any) -> Slides:
         return Slides(len(rows), ids, portions.portion(rows, cut))
     source = params.section_of("cohort")["source"]
     drawn = params.section_of("cohort.synthetic")["slides"]
-    if source != "synthetic" or cut.sampling not in appetite.BOUNDED:
+    if source != "synthetic" or not cut.patches_per_slide:
         raise FileNotFoundError(
             f"no {folder / 'cohort.csv'}, which says how many slides there are: run `dvc repro "
             "cohort` first, it reads the slides and writes next to nothing"
@@ -106,7 +107,7 @@ def _slides(folder: Path, cut: Any) -> Slides:
 def _basis(slides: Slides, cut: Any) -> str:
     found = slides.portion
     source = f"measured on {found.slides} of the slides" if found.slides else "by experience"
-    bound = "" if cut.sampling in appetite.BOUNDED else " (all positions of a slide)"
+    bound = "" if cut.patches_per_slide else " (all positions of a slide)"
     return (
         f"{slides.count} slides of {found.patches:.0f} patches at most{bound}, "
         f"{human(found.stored)} a patch and {human(found.shuffled)} shuffled, {source}"
@@ -121,7 +122,7 @@ def _cut(slides: Slides, cut: Any) -> list[Row]:
     return [
         _row(
             *("tile", slides, lambda n: appetite.tile(n, n * each, found.stored, cut)),
-            *(("stages.tile",), {**vars(cut), **seed}),
+            *(("stages.tile", *readers.modules()), {**vars(cut), **seed}),
         ),
         _row(
             *("detect", slides, lambda n: appetite.detect(n, n * each)),

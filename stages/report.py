@@ -27,6 +27,7 @@ from stages.common import (
     params,
     run,
     stores,
+    tile_figures,
 )
 from stages.common.cohort import SlideRow
 
@@ -81,7 +82,8 @@ def collect(data: Path, settings_file: Path) -> dict[str, Any]:
         "positive": classes[-1],
         "evaluation": cell_figures.section(data, cells),
         "curves": training_curves(pretrain / "dvclive" / "plots" / "metrics"),
-        "slides": _gallery(data, shown, "tile", "thumbnail.jpg", 480),
+        "slides": shown,
+        "tiling": tile_figures.section(data / "tile", [row.slide_id for row in shown]),
         "detection": nuclei_figures.section(data / "detect"),
         "nuclei": _gallery(data, firsts, "detect", "overlay.jpg", 960),
         "perturbed": _gallery(data, firsts, "perturb", "examples.jpg", 960),

@@ -2,18 +2,17 @@
 
     reads   data/cohort/cohort.csv and the slides it names
     writes  data/tile/<slide>/patches.zarr   the patches (layout: stages/common/stores.py)
-            data/tile/<slide>/thumbnail.jpg  the slide with the chosen patches drawn
+            data/tile/<slide>/thumbnail.jpg  the slide: chosen patches, foreground, what is blurred
+            data/tile/<slide>/coverage.json  counts of positions (stages/common/coverage.py)
+            data/tile/slides.csv             the same, a slide a row, and what stands out
+            data/tile/histograms.csv         blur and emptiness of the whole cohort
             data/tile/metrics.json           slides, patches, failed
             data/tile/failed.csv             slides that on_error: quarantine left out
 
-Foreground is decided per patch at 10x: a thumbnail's tissue mask loses isolated nuclei or keeps
-the whole slide. A patch is foreground when it holds enough pixels that are dark in every colour
-channel against the slide's own background: nuclei are, cytoplasm of either stain is not.
+Foreground is decided per patch, at 10x, by the cells that stages/common/foreground.py finds.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,24 +23,28 @@ import numpy as np
 from stages.common import (
     appetite,
     cohort,
+    content,
+    coverage,
     disk,
     failures,
+    foreground,
     params,
     perslide,
     pictures,
     portions,
+    readers,
     run,
+    sampling,
     slides,
     stores,
 )
 from stages.common.perslide import Job
+from stages.common.sampling import Grid
 
 logger = logging.getLogger(__name__)
 
-FOREGROUND_MPP = 1.0
 THUMBNAIL_PX = 1024
-BACKGROUND_PERCENTILE = 90  # cytology slides are mostly bright and empty
-MARK_RGB = (0, 120, 60)
+CHOSEN_RGB, CELLS_RGB, BLURRED_RGB = (0, 120, 60), (230, 120, 0), (150, 60, 200)
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,30 @@ class TileParams:
 
     mpp: float  # microns per pixel of the patches
     patch_px: int  # side of a patch
-    sampling: Literal["random", "grid", "all"]  # random: some foreground patches that do not
-    # overlap; grid: every foreground position, `stride_px` apart; all: background positions too
-    patches_per_slide: int  # for random: at most so many
+    sampling: Literal["random", "densest", "grid", "all"]  # random: some foreground patches;
+    # densest: those with most cells; both side by side, so that none overlap; grid: foreground
+    # positions `stride_px` apart; all: background positions too
+    patches_per_slide: int  # at most; 0: no limit. Of grid and all a random part beyond it is left
     stride_px: int  # for grid and all: the step, in patch pixels
-    foreground_od: float  # optical density above background that counts as dark; 0.2 for Pap
-    foreground_um2: float  # dark area that makes a patch foreground, square microns
+    central: bool  # a patch's middle, half its side, must hold cells too; not for all
+    foreground: Literal["nuclei", "cells"]  # what makes a patch foreground: nuclei; or stained
+    # cells with or without, as in thin blood films
+    foreground_od: float  # optical density (base 10) of nuclei above their surround, in red and
+    # green; of cells above glass
+    foreground_um2: float  # area of nuclei or cells that makes a patch foreground, square microns
+    foreground_blur_um: float  # what has softer edges is out of focus: a Gaussian's sigma
     codec: Literal["jpeg", "zstd"]  # jpeg: 4:4:4 at quality 92; zstd: lossless, 7 times the disk
 
     def __post_init__(self) -> None:
         """Refuse values that make no patches."""
-        for name in ("mpp", "patch_px", "patches_per_slide", "stride_px", "foreground_od"):
+        limits = ("foreground_od", "foreground_um2", "foreground_blur_um")
+        for name in ("mpp", "patch_px", "stride_px", *limits):
             if getattr(self, name) <= 0:
                 raise ValueError(f"tile.{name} is {getattr(self, name)}: it must be above 0")
+        if self.patches_per_slide < 0:
+            raise ValueError(
+                f"tile.patches_per_slide is {self.patches_per_slide}: it must be 0 or above"
+            )
 
 
 def main(target: Path = Path("data/tile")) -> None:
@@ -76,17 +90,16 @@ def main(target: Path = Path("data/tile")) -> None:
         make,
         jobs,
         target,
-        code=("stages.tile",),
+        code=("stages.tile", *readers.modules()),
         settings=decisive,
         on_error=params.load(failures.FailureParams).on_error,
         unit="patches",
         count=_count,
         needs=lambda missing: _needs(missing, settings),
     )
-    counts = [_count(target / name) for name in names]
-    metrics = {"slides": len(names), "patches": sum(counts), "fewest_patches": min(counts)}
+    metrics = coverage.write_tables(target, names)
     run.write_metrics(target / "metrics.json", {**metrics, "failed": len(jobs) - len(names)})
-    logger.info("tile: %d patches", sum(counts))
+    logger.info("tile: %d patches", metrics["patches"])
 
 
 def _count(folder: Path) -> int:
@@ -103,20 +116,18 @@ def _needs(jobs: list[Job], settings: TileParams) -> disk.Needs:
 
 
 def make(folder: Path, job: Job) -> None:
-    """Write one slide's patch store and thumbnail."""
+    """Write one slide's patch store, thumbnail and counts."""
     row, settings, seed = (job.arguments[name] for name in ("row", "params", "seed"))
     slide = slides.Slide(cohort.locate(row.path), float(row.mpp))
     slide.check_mpp(settings.mpp)
-    corners = _grid(slide, settings)
-    if settings.sampling != "all":
-        corners = corners[foreground(slide, corners, settings)]
-    if not len(corners):
-        raise ValueError(
-            f"slide {row.slide_id} has no foreground: lower tile.foreground_od, set tile.sampling "
-            "to all, or take the slide out of the cohort"
-        )
-    if settings.sampling == "random":
-        corners = _sample(corners, settings.patches_per_slide, f"{seed}:{row.slide_id}")
+    grid = _grid(slide, settings)
+    found = foreground.survey(slide, settings)
+    held = content.of(found, grid, settings.patch_px, settings.foreground_blur_um)
+    cells = held.holds_cells(settings.foreground_um2, settings.central)
+    chosen = choose(held, cells, settings, f"{seed}:{row.slide_id}")
+    if not len(chosen):
+        raise ValueError(_nothing(row.slide_id, held, settings))
+    corners = grid.corners[chosen]
     attributes = {
         "slide_id": row.slide_id,
         "mpp": settings.mpp,
@@ -126,73 +137,64 @@ def make(folder: Path, job: Job) -> None:
     patches = slide.patches(corners, settings.patch_px, settings.mpp)
     store = folder / "patches.zarr"
     stores.create_patches(store, patches, corners, settings.patch_px, attributes, settings.codec)
-    _draw(slide, corners, settings, folder / "thumbnail.jpg")
+    sharp = int((found.cells.blur_um <= settings.foreground_blur_um).sum())
+    counts = coverage.of(held, cells, chosen, sharp, settings.patches_per_slide)
+    coverage.write(folder, counts)
+    picture = draw(slide, grid, chosen, cells, held.out_of_focus & ~cells)
+    pictures.write_jpeg(folder / "thumbnail.jpg", picture)
 
 
-def _grid(slide: slides.Slide, settings: TileParams) -> np.ndarray:
-    """Top-left corners of all positions, int64 [position, 2], level-0 pixels, row by row."""
+def _grid(slide: slides.Slide, settings: TileParams) -> Grid:
     scale = settings.mpp / slide.mpp
-    step = settings.patch_px if settings.sampling == "random" else settings.stride_px
-    columns, rows = (
-        np.round(np.arange(0, side / scale - settings.patch_px + 1e-6, step) * scale)
-        for side in (slide.width_px, slide.height_px)
-    )
-    if not len(columns) or not len(rows):
+    apart = settings.sampling in ("random", "densest")
+    step = settings.patch_px if apart else settings.stride_px
+    grid = sampling.grid((slide.width_px, slide.height_px), settings.patch_px, step, scale)
+    if not len(grid):
         extent = f"{int(slide.width_px / scale)} x {int(slide.height_px / scale)} px"
         raise ValueError(
             f"slide {slide.path.name} is {extent} at {settings.mpp:g} mpp, smaller than a patch: "
             f"lower tile.patch_px ({settings.patch_px}) or take it out of the cohort"
         )
-    return np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2).astype(np.int64)
+    return grid
 
 
-def foreground(slide: slides.Slide, corners: np.ndarray, settings: TileParams) -> np.ndarray:
-    """Which positions hold cells, bool [position]; the slide is read once, in rows of patches."""
-    mpp = max(FOREGROUND_MPP, settings.mpp)
-    side = max(1, round(settings.patch_px * settings.mpp / mpp))
-    white = np.percentile(slide.thumbnail(THUMBNAIL_PX), BACKGROUND_PERCENTILE, axis=(0, 1))
-    enough = max(1.0, settings.foreground_um2 / mpp**2)
-    chosen = np.zeros(len(corners), dtype=bool)
-    for y0, strip in _strips(slide, corners, side, mpp):
-        dark = _dark(strip, white, settings.foreground_od)
-        area = cv2.integral(dark.astype(np.uint8))
-        for at in np.flatnonzero(corners[:, 1] == y0):
-            left = min(round(corners[at, 0] * slide.mpp / mpp), dark.shape[1] - 1)
-            right = min(left + side, dark.shape[1])
-            chosen[at] = area[-1, right] - area[-1, left] >= enough
-    return chosen
+def choose(held: content.Content, cells: np.ndarray, settings: TileParams, key: str) -> np.ndarray:
+    """Indices of the positions to cut, rising; see TileParams.sampling."""
+    if settings.sampling == "densest":
+        area = held.middle_um2 if settings.central else held.cells_um2
+        return sampling.densest(cells, settings.patches_per_slide, area)
+    candidates = np.ones_like(cells) if settings.sampling == "all" else cells
+    return sampling.draw(candidates, settings.patches_per_slide, key)
 
 
-def _strips(
-    slide: slides.Slide, corners: np.ndarray, side: int, mpp: float
-) -> Iterator[tuple[int, np.ndarray]]:
-    width = int(slide.width_px * slide.mpp / mpp)
-    for y0 in np.unique(corners[:, 1]):
-        yield int(y0), slide.read(0, int(y0), max(width, side), side, mpp)
+def _nothing(slide_id: str, held: content.Content, settings: TileParams) -> str:
+    blurred = int(held.out_of_focus.sum())
+    other = "cells" if settings.foreground == "nuclei" else "nuclei"
+    return (
+        f"slide {slide_id} has no foreground: none of its {len(held.emptiness)} positions holds "
+        f"{settings.foreground} in focus ({blurred} are out of focus); set tile.foreground to "
+        f"{other}, lower tile.foreground_od, set tile.sampling to all, or take the slide out of "
+        "the cohort"
+    )
 
 
-def _dark(pixels: np.ndarray, white: np.ndarray, density: float) -> np.ndarray:
-    """Where the smallest optical density over the channels exceeds `density`."""
-    limit = np.maximum(white, 1) * 10**-density
-    return (pixels < limit).all(axis=-1)
-
-
-def _sample(corners: np.ndarray, count: int, key: str) -> np.ndarray:
-    """`count` of the positions, in their order; the draw depends on seed and slide id alone."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    drawn = np.random.default_rng(number).permutation(len(corners))[:count]
-    return corners[np.sort(drawn)]
-
-
-def _draw(slide: slides.Slide, corners: np.ndarray, settings: TileParams, file: Path) -> None:
+def draw(
+    slide: slides.Slide, grid: Grid, chosen: np.ndarray, cells: np.ndarray, blurred: np.ndarray
+) -> np.ndarray:
+    """The slide with its foreground and what is out of focus outlined, and the patches framed."""
     picture = slide.thumbnail(THUMBNAIL_PX).copy()
     shrink = picture.shape[1] / slide.width_px
-    side = settings.patch_px * settings.mpp / slide.mpp
-    for x0, y0 in corners:
-        first = (int(x0 * shrink), int(y0 * shrink))
-        last = (int((x0 + side) * shrink) - 1, int((y0 + side) * shrink) - 1)
-        cv2.rectangle(picture, first, last, MARK_RGB, 2)
-    pictures.write_jpeg(file, picture)
+    first = np.round(grid.corners * shrink).astype(int)
+    last = np.round((grid.corners + grid.side) * shrink).astype(int) - 1
+    for marked, colour in ((blurred, BLURRED_RGB), (cells, CELLS_RGB)):
+        area = np.zeros(picture.shape[:2], np.uint8)
+        for at in np.flatnonzero(marked):
+            cv2.rectangle(area, first[at].tolist(), last[at].tolist(), 1, cv2.FILLED)
+        outlines = cv2.findContours(area, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)[0]
+        cv2.drawContours(picture, outlines, -1, colour, 2)
+    for at in chosen:
+        cv2.rectangle(picture, (first[at] + 2).tolist(), (last[at] - 2).tolist(), CHOSEN_RGB, 2)
+    return picture
 
 
 if __name__ == "__main__":

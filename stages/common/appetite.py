@@ -15,7 +15,7 @@ SLIDES, PATCHES = 8, 3  # so many slides, and patches of each, are looked at
 PICTURES = {"tile": 250_000, "detect": 400_000, "perturb": 400_000, "embed": 30_000}
 NUCLEI = 600  # bytes a patch: some 20 nuclei of 28 bytes
 RECIPE = 300  # bytes a patch: seed, row, and some 20 points
-BOUNDED = ("random", "densest")  # samplings that take patches_per_slide at most
+APART = ("random", "densest")  # samplings whose patches do not overlap
 
 T = TypeVar("T")
 
@@ -46,9 +46,14 @@ def shuffled_lengths(pixels: Iterable[UInt8[np.ndarray, "px px 3"]]) -> list[int
 
 def tile(slides: int, count: float, stored: float, cut: Cut) -> Needs:
     """Of `count` patches in the stores, each `stored` bytes."""
-    remedy = "lower tile.patches_per_slide" if cut.sampling in BOUNDED else "raise tile.stride_px"
     total = slides * PICTURES["tile"] + count * stored
-    return Needs(total, remedy, firm=cut.sampling != "grid")
+    remedy = f"{'lower' if cut.patches_per_slide else 'set'} tile.patches_per_slide"
+    return Needs(total, remedy, firm=is_firm(cut))
+
+
+def is_firm(cut: Cut) -> bool:
+    """Whether about as many patches will be cut as may be: without a limit only cells decide."""
+    return cut.patches_per_slide > 0 or cut.sampling == "all"
 
 
 def detect(slides: int, count: float) -> Needs:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from stages.common import cohort, digests, fingerprint, plugins, slides
+from stages.common import cohort, digests, fingerprint, readers, slides
 from stages.common.cohort import SlideRow
 from stages.common.slide_files import content_files
 
@@ -59,8 +59,7 @@ def _probed(path: Path, row: SlideRow) -> str:
 @functools.cache
 def _reader() -> str:
     """Digest of the code that reads slides."""
-    plugged = (f"stages.readers.{name}" for name in plugins.names("readers"))
-    return fingerprint.code_digest((slides.__name__, *plugged))
+    return fingerprint.code_digest((slides.__name__, *readers.modules()))
 
 
 def _caught(task: Callable[[SlideRow], SlideRow]) -> Callable[[SlideRow], SlideRow | str]:

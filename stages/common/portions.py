@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from stages.common import appetite, cohort, patches
-from stages.common.appetite import BOUNDED, PATCHES, Cut
+from stages.common.appetite import APART, PATCHES, Cut
 from stages.common.cohort import SlideRow
 from stages.common.slides import Slide
 
@@ -52,13 +52,12 @@ def portion(rows: Sequence[SlideRow], cut: Cut) -> Portion:
 
 def positions(slide: Slide, cut: Cut) -> int:
     """How many patches are cut from a slide at most."""
-    bounded = cut.sampling in BOUNDED
-    step = cut.patch_px if bounded else cut.stride_px
+    step = cut.patch_px if cut.sampling in APART else cut.stride_px
     sides = (slide.width_px, slide.height_px)
     columns, rows = (
         max(0, int((side * slide.mpp / cut.mpp - cut.patch_px) // step) + 1) for side in sides
     )
-    return min(columns * rows, cut.patches_per_slide) if bounded else columns * rows
+    return min(columns * rows, cut.patches_per_slide or columns * rows)
 
 
 def _crowded(slide: Slide, cut: Cut) -> Iterator[UInt8[np.ndarray, "px px 3"]]:

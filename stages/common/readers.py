@@ -31,6 +31,11 @@ def suffixes() -> set[str]:
     return WHOLE_SLIDE_SUFFIXES | OTHER_SUFFIXES | set(CONVERTERS) | added
 
 
+def modules() -> tuple[str, ...]:
+    """The plug-ins by their modules' names: digests of code, which follow imports, miss them."""
+    return tuple(f"stages.readers.{name}" for name in plugins.names("readers"))
+
+
 def open_file(path: Path) -> Any:
     """A `stages.readers.Reader` of the file.
 

@@ -131,7 +131,9 @@ def refused(source: str, settings: dict[str, object], message: str) -> str:
 
 def tiled(rows: list[cohort.SlideRow], patch_px: int, mpp: float) -> list[stores.PatchStore]:
     """Cut the slides by a sliding window."""
-    settings = TileParams(mpp, patch_px, "grid", 9, patch_px, 0.15, 1e-6, "zstd")
+    settings = TileParams(
+        mpp, patch_px, "all", 0, patch_px, False, "nuclei", 0.08, 12.0, 2.0, "zstd"
+    )
     found = []
     for row in rows:
         folder = Path("out") / row.path

@@ -24,7 +24,7 @@ def values(tmp_path, monkeypatch) -> dict:
     monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     loaded = yaml.safe_load((ROOT / "params.yaml").read_text())
-    loaded["tile"]["patches_per_slide"] = 40
+    loaded["tile"] |= {"patches_per_slide": 40, "sampling": "all"}
     write(loaded)
     return loaded
 
@@ -87,7 +87,7 @@ def tile_cut(values: dict) -> tile.TileParams:
 @pytest.mark.parametrize("sampling", ["grid", "all"])
 def test_with_all_places_the_extents_count(values, caplog, sampling):
     add_cohort()
-    values["tile"] |= {"sampling": sampling, "stride_px": 64}
+    values["tile"] |= {"sampling": sampling, "stride_px": 64, "patches_per_slide": 0}
     write(values)
     table(caplog)
     assert "4 slides of 225 patches at most (all positions of a slide)" in caplog.text

@@ -16,6 +16,7 @@ from stages import report
 from stages.common import (
     cell_figures,
     cohort,
+    coverage,
     curves,
     failures,
     nuclei_figures,
@@ -23,8 +24,10 @@ from stages.common import (
     stores,
     table1,
     tally,
+    tile_figures,
 )
 from stages.common.cohort import SlideRow
+from stages.common.coverage import Coverage
 
 HOSTILE = "<script>alert('x')&\""
 CELLS = {
@@ -68,6 +71,17 @@ def write_slide(data: Path, row: SlideRow) -> None:
     origin = np.zeros((PATCHES, 2), np.int64)
     store = data / "tile" / row.slide_id / "patches.zarr"
     stores.create_patches(store, patches, origin, 16, attributes, "zstd")
+
+
+def write_coverage(data: Path, patches: dict[str, int], blurred: int = 0) -> None:
+    """The tables of tile, as if so many of 11 patches had been found in each slide."""
+    for slide_id, count in patches.items():
+        blur = {"positions": {2: 30, 15: blurred}, "patches": {2: count}}
+        empty = {"positions": {4: 20, 9: 30}, "patches": {4: count}}
+        one = Coverage(50, max(count, 5), blurred, 99, PATCHES, count, blur, empty)
+        (data / "tile" / slide_id).mkdir(parents=True, exist_ok=True)
+        coverage.write(data / "tile" / slide_id, one)
+    coverage.write_tables(data / "tile", list(patches))
 
 
 def write_nuclei(data: Path, counts: dict[str, int]) -> None:
@@ -149,6 +163,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cohort.write_rows(data / "cohort", rows(), ["well", "ill"])
     for row in rows():
         write_slide(data, row)
+    write_coverage(data, {row.slide_id: PATCHES for row in rows()})
     write_nuclei(data, {row.slide_id: 0 if row.slide_id == HOSTILE else 40 for row in rows()})
     noise(data / "pretrain" / "views.png", 1301, 31)
     for stage in report.COUNTED:
@@ -226,7 +241,7 @@ def test_every_picture_has_an_alternative_text(page: str) -> None:
 
 def test_ids_are_unique_though_several_plots_stand_inline(page: str) -> None:
     ids = [attrs["id"] for _, attrs in Elements(page).tags if "id" in attrs]
-    assert page.count("<svg") == 4 + 2 * 3 and len(ids) == len(set(ids)) > 10
+    assert page.count("<svg") == 4 + 2 * 3 + 2 + 2 * 6 and len(ids) == len(set(ids)) > 10
     references = re.findall(r'(?:href="#|url\(#)([\w-]+)', page)
     assert references and set(references) <= set(ids)
 
@@ -343,7 +358,7 @@ def test_same_inputs_same_bytes(root: Path) -> None:
 def test_training_curves_may_be_absent(root: Path) -> None:
     shutil.rmtree(root / "data" / "pretrain" / "dvclive")
     page = page_of(root)
-    assert "<h2>Training</h2>" not in page and page.count("<svg") == 3 + 2 * 3
+    assert "<h2>Training</h2>" not in page and page.count("<svg") == 3 + 2 * 3 + 2 + 2 * 6
 
 
 @pytest.mark.parametrize(
@@ -353,6 +368,9 @@ def test_training_curves_may_be_absent(root: Path) -> None:
         ("cohort/metrics.json", "cohort"),
         ("tile/metrics.json", "tile"),
         ("tile/ill-0/thumbnail.jpg", "tile"),
+        ("tile/ill-0/coverage.json", "tile"),
+        ("tile/slides.csv", "tile"),
+        ("tile/histograms.csv", "tile"),
         ("detect/ill-0/overlay.jpg", "detect"),
         ("detect/slides.csv", "detect"),
         ("detect/radius.csv", "detect"),
@@ -377,6 +395,42 @@ def test_missing_evaluation_names_its_stage(root: Path) -> None:
     shutil.rmtree(root / "data" / "evaluate")
     with pytest.raises(FileNotFoundError, match="run `dvc repro evaluate`"):
         page_of(root)
+
+
+def tiles_of(page: str) -> str:
+    return page[page.index("<h2>Slides and patches</h2>") : page.index("<h2>Nuclei</h2>")]
+
+
+def test_slides_with_few_patches_or_out_of_focus_come_first(root: Path) -> None:
+    few = {row.slide_id: 3 if row.slide_id == HOSTILE else PATCHES for row in rows()}
+    write_coverage(root / "data", few)
+    text = tiles_of(page_of(root))
+    assert "1 of 10" in text and text.index("stand out") < text.index("All slides")
+    elements = Elements(text)
+    words = " ".join(" ".join(elements.words).split())
+    assert f"{HOSTILE} few patches 3 patches of the 11 asked for: 5 of 50 positions" in words
+    alternatives = [attrs["alt"] for tag, attrs in elements.tags if tag == "img"]
+    assert alternatives[0] == f"Thumbnail of slide {HOSTILE}: few patches"
+    assert "script" not in {tag for tag, _ in elements.tags}
+    # Two of the cohort; two of each of 1 slide that stands out and 6 others.
+    assert text.count("<svg") == 2 + 2 * 7
+
+
+def test_a_cohort_of_blurred_slides_stays_a_page(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tile_figures, "FLAGGED_SHOWN", 4)
+    write_coverage(root / "data", {row.slide_id: PATCHES for row in rows()}, blurred=30)
+    text = tiles_of(page_of(root))
+    assert (
+        "10 of 10" in text
+        and len(re.findall('alt="Thumbnail of slide [^:]*: out of focus"', text)) == 4
+    )
+    assert "6 more are listed in <code>data/tile/slides.csv</code>" in text
+
+
+def test_a_cohort_without_odd_slides_says_so(page: str) -> None:
+    assert "No slide has fewer patches than asked for" in tiles_of(page)
 
 
 def section_of(page: str) -> str:

@@ -146,7 +146,7 @@ def test_images_of_fnac_are_tiled_by_a_sliding_window(fnac):
     use("fnac2019", FNAC, "malignant")
     stage.main()
     (store,) = tiled(cohort.read_rows()[:1], 31, 0.25)
-    assert [tuple(map(int, corner)) for corner in store.origin] == [(0, 0)]
+    assert [tuple(map(int, corner)) for corner in store.origin] == [(0, 0), (31, 0)]
 
 
 def test_the_index_lists_these_folders_and_sees_a_change(fnac, thin):

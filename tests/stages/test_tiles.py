@@ -27,8 +27,10 @@ def test_patches_lie_where_the_tile_stage_cuts_them():
     for _ in range(50):
         extent = tuple(rng.integers(300, 3000, 2).tolist())
         own, mpp = rng.uniform(0.1, 0.6), rng.uniform(0.25, 1.0)
-        settings = tile.TileParams(mpp, 31, "random", 9, 13, 0.15, 20.0, "zstd")
-        tiling, wanted = Tiling(mpp, 31), tile._grid(Canvas(extent, own), settings)
+        settings = tile.TileParams(
+            mpp, 31, "random", 9, 13, False, "nuclei", 0.08, 12.0, 2.0, "zstd"
+        )
+        tiling, wanted = Tiling(mpp, 31), tile._grid(Canvas(extent, own), settings).corners
         assert np.array_equal(tiling.corners(extent, own), wanted)
         width, height = tiling.covered(extent, own)
         assert width <= extent[0] and height <= extent[1]
