@@ -28,9 +28,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from stages.common import (
-    appetite,
     cache,
     failures,
+    footprint,
     params,
     perslide,
     plugins,
@@ -89,7 +89,7 @@ def main(source: Path = Path("data/tile"), target: Path = Path("data/detect")) -
         on_error=params.load(failures.FailureParams).on_error,
         device=kind,
         unit="patches",
-        needs=lambda missing: appetite.detect(len(missing), sum(job.work for job in missing)),
+        needs=lambda missing: footprint.detect(len(missing), sum(job.work for job in missing)),
     )
     metrics = quality.write(target, made)
     run.write_metrics(target / "metrics.json", {**metrics, "failed": len(names) - len(made)})

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 
 from stages.common import (
-    appetite,
     cache,
     devices,
     disk,
     embedding,
     encoders,
     failures,
+    footprint,
     params,
     perslide,
     run,
@@ -117,9 +117,9 @@ def _together(jobs: list[Job], batch: int) -> int:
 
 
 def _needs(jobs: list[Job], encoder: Path, crop: bool) -> disk.Needs:
-    count = appetite.cut_patches([job.arguments["patches"].parent for job in jobs])
+    count = footprint.cut_patches([job.arguments["patches"].parent for job in jobs])
     model = encoders.build(encoders.describe(encoder)["spec"], empty=True)
-    return appetite.embed(len(jobs), count, model.num_features, crop)
+    return footprint.embed(len(jobs), count, model.num_features, crop)
 
 
 def make_many(folders: list[Path], jobs: list[Job]) -> None:

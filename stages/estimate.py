@@ -10,7 +10,7 @@ off. Of pretraining it counts the checkpoints kept while it runs, and the encode
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from stages.common import (
-    appetite,
     architectures,
     backbones,
     cache,
@@ -26,14 +25,15 @@ from stages.common import (
     disk,
     encoders,
     fingerprint,
+    footprint,
+    footprint_sample,
     params,
     plugins,
-    portions,
     readers,
     run,
 )
 from stages.common.disk import Needs, human
-from stages.common.portions import Portion
+from stages.common.footprint_sample import Sample
 from stages.common.spec import EncoderSpec
 from stages.common.training import PretrainParams
 
@@ -50,12 +50,12 @@ class Slides:
 
     count: int
     ids: frozenset[str]  # empty: not known yet
-    portion: Portion
+    sample: Sample
 
     @property
     def patches(self) -> float:
         """Of a slide, at most."""
-        return self.portion.patches
+        return self.sample.patches
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,14 @@ def main(data: Path = Path("data")) -> None:
         logger.info("%-20s %10s %10s %10s", row.name, *cells)
     for place in disk.places(data):
         logger.info("%s: %s free", place.absolute(), human(disk.free_bytes(place)))
-    disk.check("the run", Needs(missing, REMEDY, firm=appetite.is_firm(cut)), data)
+    disk.check("the run", Needs(missing, REMEDY, firm=footprint.is_firm(cut)), data)
 
 
 def _slides(folder: Path, cut: Any) -> Slides:
     if (folder / "cohort.csv").is_file():
         rows = cohort.read_rows(folder)
         ids = frozenset(row.slide_id for row in rows)
-        return Slides(len(rows), ids, portions.portion(rows, cut))
+        return Slides(len(rows), ids, footprint_sample.look(rows, cut))
     source = params.section_of("cohort")["source"]
     drawn = params.section_of("cohort.synthetic")["slides"]
     if source != "synthetic" or not cut.patches_per_slide:
@@ -101,11 +101,11 @@ def _slides(folder: Path, cut: Any) -> Slides:
             f"no {folder / 'cohort.csv'}, which says how many slides there are: run `dvc repro "
             "cohort` first, it reads the slides and writes next to nothing"
         )
-    return Slides(drawn, frozenset(), portions.portion([], cut))
+    return Slides(drawn, frozenset(), footprint_sample.look([], cut))
 
 
 def _basis(slides: Slides, cut: Any) -> str:
-    found = slides.portion
+    found = slides.sample
     source = f"measured on {found.slides} of the slides" if found.slides else "by experience"
     bound = "" if cut.patches_per_slide else " (all positions of a slide)"
     return (
@@ -116,22 +116,22 @@ def _basis(slides: Slides, cut: Any) -> str:
 
 def _cut(slides: Slides, cut: Any) -> list[Row]:
     """The stages that make something of each slide once."""
-    each, found = slides.patches, slides.portion
+    each, found = slides.patches, slides.sample
     detector, views = params.section_of("detect")["detector"], params.section_of("perturb")
     seed = {"seed": params.load(params.Top).seed}
     return [
         _row(
-            *("tile", slides, lambda n: appetite.tile(n, n * each, found.stored, cut)),
+            *("tile", slides, lambda n: footprint.tile(n, n * each, found.stored, cut)),
             *(("stages.tile", *readers.modules()), {**vars(cut), **seed}),
         ),
         _row(
-            *("detect", slides, lambda n: appetite.detect(n, n * each)),
+            *("detect", slides, lambda n: footprint.detect(n, n * each)),
             ("stages.detect", f"stages.detectors.{detector}"),
             params.section_of(f"detect.{detector}"),
         ),
         _row(
             *("perturb", slides),
-            lambda n: appetite.perturb(n, n * each, found.shuffled, views["store"]),
+            lambda n: footprint.perturb(n, n * each, found.shuffled, views["store"]),
             *(("stages.perturb",), {**views, **seed}),
         ),
     ]
@@ -165,16 +165,30 @@ def _bytes(state: dict[str, Any]) -> int:
 
 
 def _bags(slides: Slides, cut: Any, trained: Path) -> list[Row]:
-    settings, of_training = params.section_of("embed"), params.load(PretrainParams, "pretrain")
-    dim = architectures.build(_spec(of_training, cut), empty=True).num_features
+    settings, rows = params.section_of("embed"), []
+    for name in settings["encoders"]:
+        dim = architectures.build(_encoder(name, cut, trained), empty=True).num_features
 
-    def needs(count: int) -> Needs:
-        return appetite.embed(count, count * slides.patches, dim, settings["central_crop"])
+        def needs(count: int, dim: int = dim) -> Needs:
+            return footprint.embed(count, count * slides.patches, dim, settings["central_crop"])
 
-    return [
-        _row(f"embed {name}", slides, needs, ("stages.embed",), settings, _weights(trained / name))
-        for name in settings["encoders"]
-    ]
+        weights = _weights(trained / name)
+        rows.append(_row(f"embed {name}", slides, needs, ("stages.embed",), settings, weights))
+    return rows
+
+
+def _encoder(name: str, cut: Any, trained: Path) -> EncoderSpec:
+    """What an encoder is, or will be where it is not trained or fetched yet."""
+    entry = params.section_of("fetch.encoders").get(name)
+    folder = cohort.locate(entry) if isinstance(entry, str) else trained / name
+    if folder.is_dir():
+        return encoders.describe(folder)["spec"]
+    spec = _spec(params.load(PretrainParams, "pretrain"), cut)
+    if not isinstance(entry, dict):
+        return spec
+    own = {"architecture": entry["backbone"], "image_px": entry["global_px"]}
+    dense = {"token_px": entry["token_px"], "sparse_topk": 0, "irpe": "none", "lora": None}
+    return replace(spec, **own, **dense)
 
 
 def _weights(folder: Path) -> str:
@@ -201,7 +215,7 @@ def _there(
     digest, found = fingerprint.code_digest(code), set()
     for file in (cache.root() / stage).glob(f"*/*/{cache.MADE}"):
         made = json.loads(file.read_text("utf-8"))
-        told = made["settings"].keys() & settings.keys()
+        told = made["settings"].keys() & settings.keys() - {"device"}  # a kind there, a wish here
         alike = all(made["settings"][name] == settings[name] for name in told)
         if made["code"] == digest and alike and weights in ("", *made["inputs"][1:]):
             found.add(made["slide_id"])

@@ -29,10 +29,10 @@ import torch
 
 from cytossl_core.perturbation import near_points, perturb
 from stages.common import (
-    appetite,
     cache,
     disk,
     failures,
+    footprint,
     headers,
     params,
     perslide,
@@ -121,8 +121,8 @@ def _job(name: str, tiles: Path, found: Path, settings: PerturbParams, seed: int
 
 def _needs(jobs: list[Job], store: str) -> disk.Needs:
     tiles = [job.arguments["tiles"] for job in jobs]
-    shuffled = appetite.shuffled_bytes(tiles) if store == "pixels" else 0.0
-    return appetite.perturb(len(jobs), appetite.cut_patches(tiles), shuffled, store)
+    shuffled = footprint.shuffled_bytes(tiles) if store == "pixels" else 0.0
+    return footprint.perturb(len(jobs), footprint.cut_patches(tiles), shuffled, store)
 
 
 def _metrics(folders: list[Path]) -> dict[str, float]:

@@ -21,17 +21,17 @@ import cv2
 import numpy as np
 
 from stages.common import (
-    appetite,
     cohort,
     content,
     coverage,
     disk,
     failures,
+    footprint,
+    footprint_sample,
     foreground,
     params,
     perslide,
     pictures,
-    portions,
     readers,
     run,
     sampling,
@@ -111,8 +111,8 @@ def _job(row: cohort.SlideRow, settings: TileParams, seed: int) -> Job:
 
 
 def _needs(jobs: list[Job], settings: TileParams) -> disk.Needs:
-    found = portions.portion([job.arguments["row"] for job in jobs], settings)
-    return appetite.tile(len(jobs), len(jobs) * found.patches, found.stored, settings)
+    found = footprint_sample.look([job.arguments["row"] for job in jobs], settings)
+    return footprint.tile(len(jobs), len(jobs) * found.patches, found.stored, settings)
 
 
 def make(folder: Path, job: Job) -> None:

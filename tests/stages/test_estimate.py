@@ -66,12 +66,12 @@ def stored() -> int:
 def test_patches_take_what_was_said_and_are_not_counted_twice(values, caplog):
     add_cohort()
     found = estimate._slides(Path("data/cohort"), tile_cut(values))
-    assert found.count == SLIDES and found.portion.slides == SLIDES
+    assert found.count == SLIDES and found.sample.slides == SLIDES
     before = table(caplog)
     assert before["tile"][1] == "0 bytes" and before["tile"][0] == before["tile"][2]
     assert "4 slides of 40 patches at most" in caplog.text
     tile.main()
-    said = SLIDES * found.patches * found.portion.stored
+    said = SLIDES * found.patches * found.sample.stored
     assert 0.95 * stored() < said < 1.1 * stored()
     after = table(caplog)
     assert after["tile"] == [before["tile"][0], before["tile"][0], "0 bytes"]
@@ -110,6 +110,16 @@ def test_recipes_take_little_and_more_encoders_more(values, caplog):
     recipes = table(caplog)
     assert pixels["perturb"] != recipes["perturb"]
     assert "embed pretrained" in pixels and "embed pretrained" not in recipes
+
+
+def test_encoders_from_elsewhere_have_bags_of_their_own_width(values, caplog):
+    resnet = {"backbone": "resnet50", "weights": "timm", "token_px": 0, "global_px": 224}
+    values["fetch"]["encoders"], values["embed"]["encoders"] = {"wide": resnet}, ["wide"]
+    write(values)
+    wide = table(caplog)["embed wide"][0]
+    values["embed"]["encoders"] = ["untrained"]
+    write(values)
+    assert float(wide.split()[0]) > 4 * float(table(caplog)["embed untrained"][0].split()[0])
 
 
 def test_a_run_that_the_disk_cannot_hold_is_refused(values):

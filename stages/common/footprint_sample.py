@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from stages.common import appetite, cohort, patches
-from stages.common.appetite import APART, PATCHES, Cut
+from stages.common import cohort, footprint, patches
 from stages.common.cohort import SlideRow
+from stages.common.footprint import APART, PATCHES, Cut
 from stages.common.slides import Slide
 
 OVERVIEW_PX = 1024
@@ -23,7 +23,7 @@ SHUFFLED = 2.0
 
 
 @dataclass(frozen=True)
-class Portion:
+class Sample:
     """What was found."""
 
     slides: int  # that were looked at; 0: none could be read
@@ -32,10 +32,10 @@ class Portion:
     shuffled: float  # bytes of a perturbed one
 
 
-def portion(rows: Sequence[SlideRow], cut: Cut) -> Portion:
+def look(rows: Sequence[SlideRow], cut: Cut) -> Sample:
     """Look at some of the slides; one that cannot be read is left to the stage tile to tell of."""
     counts, stored, shuffled = [], [], []
-    for row in appetite.some(rows):
+    for row in footprint.some(rows):
         try:
             slide = Slide(cohort.locate(row.path), float(row.mpp))
             pixels = list(_crowded(slide, cut))
@@ -43,11 +43,11 @@ def portion(rows: Sequence[SlideRow], cut: Cut) -> Portion:
             continue
         counts.append(positions(slide, cut))
         stored += map(len, patches.encoded(pixels, cut.codec, cut.patch_px))
-        shuffled += appetite.shuffled_lengths(pixels)
+        shuffled += footprint.shuffled_lengths(pixels)
     if not stored:
         area = cut.patch_px**2
-        return Portion(0, cut.patches_per_slide, STORED[cut.codec] * area, SHUFFLED * area)
-    return Portion(len(counts), *(float(np.mean(found)) for found in (counts, stored, shuffled)))
+        return Sample(0, cut.patches_per_slide, STORED[cut.codec] * area, SHUFFLED * area)
+    return Sample(len(counts), *(float(np.mean(found)) for found in (counts, stored, shuffled)))
 
 
 def positions(slide: Slide, cut: Cut) -> int:
