@@ -1,7 +1,7 @@
 """Whether an error says that memory ran out."""
 
 # As torch and TorchScript say it, on a GPU and on a CPU; the latter two raise plain RuntimeErrors.
-SIGNS = ("out of memory", "can't allocate memory", "not enough memory")
+SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "status_alloc_failed")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -102,6 +102,26 @@ def test_version_follows_the_content_of_the_weights(perfect, tmp_path):
     assert cellpose.build(moved).version == cellpose.build(perfect).version
 
 
+@quiet
+def test_fewer_tiles_at_once_where_memory_runs_out(perfect, monkeypatch, caplog):
+    """The patches at once are no help: tiles of them all are run, so many at a time."""
+    detector = cellpose.build(replace(perfect, batch_tiles=16))
+    original, tried = detector._network.eval, []
+
+    def small(*given, batch_size, **more):
+        tried.append(batch_size)
+        if batch_size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(*given, batch_size=batch_size, **more)
+
+    monkeypatch.setattr(detector._network, "eval", small)
+    for _ in range(2):
+        detector(smear([], 0.5)[None], 0.5)
+    assert tried == [16, 8, 4, 4]
+    (said,) = [one.getMessage() for one in caplog.records if one.name == cellpose.__name__]
+    assert "16 tiles" in said and "going on with 4; set detect.cellpose.batch_tiles" in said
+
+
 @pytest.mark.parametrize(
     ("content", "why"), [(b"", "empty"), (b"not weights", "text"), (b"PK\x03\x04" * 40, "cut zip")]
 )
