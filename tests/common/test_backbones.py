@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import export
-from stages.common import architectures, backbones, encoders, weights
+from stages.common import architectures, backbones, card, encoders, weights
 from stages.common.params import Top
 from stages.common.spec import LoraParams
 
@@ -286,8 +286,12 @@ def test_only_adapters_are_saved_and_loading_merges_them(released, tmp_path):
 def test_merged_encoder_needs_no_base_weights(released, tmp_path):
     spec, model = adapt(released)
     jiggle(model)
-    encoders.save(tmp_path / "made", model, spec, {})
+    told = {"method": "dino", "counts": {"slides": 5}, "metrics": {"loss": 1.5}}
+    encoders.save(tmp_path / "made", model, spec, told)
     export.main(tmp_path / "made", tmp_path / "plain")
+    text = (tmp_path / "plain" / card.CARD).read_text()
+    for line in ("| LoRA adapters | none |", "| slides | 5 |", "| loss | 1.5 |"):
+        assert line in text
     released.unlink()
     loaded, read = encoders.load(tmp_path / "plain")
     assert read == dataclasses.replace(spec, lora=None)

@@ -60,9 +60,20 @@ def test_names_the_weight_that_is_not_finite():
             training.check_weights(broken, 9)
 
 
+def test_a_divergence_names_checkpoints_only_where_there_are_some(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for files, told in ((0, ""), (1, f"; the checkpoints of this one stay in {tmp_path}")):
+        for at in range(files):
+            (tmp_path / f"step-{at:09d}.pt").touch()
+        with pytest.raises(ValueError, match="which begins a new run") as refused:
+            training.check_finite(math.nan, 1.0, scaler, 7, tmp_path)
+        assert str(refused.value).endswith(f"which begins a new run{told}")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"global_px": 8}, r"pretrain\.global_px is 8: it must be 13 or more"),
         ({"global_px": 25}, r"pretrain\.global_px is 25: it must be a multiple of token_px, 8"),
         ({"epochs": 0}, r"pretrain\.epochs is 0: it must be 1 or more"),
         ({"warmup_epochs": -1.0}, r"warmup_epochs is -1\.0: it must be 0 or more"),
