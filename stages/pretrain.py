@@ -122,6 +122,7 @@ def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: 
     method = build(encoder, of_method, spec.image_px).to(group.device).train()
     preflight.check_views(settings, method.view_policies)
     preflight.check_compile(settings, of_method)
+    preflight.check_spread(settings, of_method)
     if settings.compile:
         for module in method.modules():
             if isinstance(module, type(encoder)):  # the teacher's, too

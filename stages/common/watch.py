@@ -18,7 +18,9 @@ class WatchParams:
     probe_epochs: int  # epochs between two probes of the embeddings; 0: none
     probe_patches: int  # most patches that a probe embeds
     neighbours: int  # that vote on a patch (DINO 20)
-    collapse_after: float  # share of the run from which a collapse stops it; 1: it never does
+    # Share of the run from which a collapse stops it; 1: it never does. From the end of the warm-up
+    # to there it is warned of.
+    collapse_after: float
     collapse_rows: int  # rows of the curves in a row that must show it
 
     def __post_init__(self) -> None:

@@ -1,12 +1,13 @@
 """What params mean for a run: the optimizer, the rates, what is refused."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from stages.common import optimizer, preflight, training
-from tests.stages.runs import changed
+from tests.stages.runs import DINO, changed
 
 
 def test_gradients_are_clipped_tensor_by_tensor():
@@ -92,3 +93,12 @@ def test_rejects_recomputing_batch_statistics():
     preflight.check_encoder(settings, torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="gradient_checkpointing is true: .* has batch norms"):
         preflight.check_encoder(settings, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+
+
+def test_rejects_neighbours_where_a_pass_has_one_patch():
+    spread = dataclasses.replace(DINO, koleo_weight=0.1)
+    preflight.check_spread(changed(batch=6, accumulate=3), spread)
+    preflight.check_spread(changed(batch=6, accumulate=6), DINO)
+    message = r"pretrain\.dino\.koleo_weight is 0\.1: .*batch 6 over pretrain\.accumulate 6"
+    with pytest.raises(ValueError, match=message):
+        preflight.check_spread(changed(batch=6, accumulate=6), spread)
