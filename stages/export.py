@@ -11,13 +11,17 @@ import logging
 import sys
 from pathlib import Path
 
-from stages.common import encoders, export, run
+from stages.common import card, encoders, export, run
 
 logger = logging.getLogger(__name__)
+
+CHATTY = ("torch.onnx", "onnxscript", "onnx_ir", "onnxruntime")
 
 
 def main(folder: Path, target: Path) -> None:
     """Write the encoder in `folder` to `target`: ONNX if it ends in .onnx, else a folder."""
+    for name in CHATTY:  # each tells of every pass over the graph
+        logging.getLogger(name).setLevel(logging.WARNING)
     if target.suffix == ".onnx":
         difference = export.to_onnx(folder, target)
         logger.info("%s written; it differs from torch by %.1e", target, difference)
@@ -27,6 +31,7 @@ def main(folder: Path, target: Path) -> None:
     made = encoders.describe(folder)["provenance"]
     model, spec = encoders.load(folder)
     encoders.save(target, model, dataclasses.replace(spec, lora=None), made)
+    card.write(target)
     logger.info("%s written: a plain encoder", target)
 
 

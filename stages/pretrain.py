@@ -41,18 +41,18 @@ from stages.common import (
     sheet,
     training,
     viewset,
-    watch,
 )
 from stages.common.chance import keys_of
 from stages.common.journal import Journal
 from stages.common.paired import PairedViews
+from stages.common.probe import Probe
 from stages.common.ranks import Ranks
 from stages.common.spec import EncoderSpec
 from stages.common.training import Plan, PretrainParams
 from stages.common.views import make_views
 from stages.common.viewset import Batch, ViewSet
-from stages.common.watch import Probe
-from stages.methods import Method
+from stages.common.watch import Alarm
+from stages.methods import Method, fitted, sizes
 
 SHEET_ROWS = 8
 
@@ -75,6 +75,7 @@ def main(
     """
     views = _view_set(data, settings, group)
     preflight.check_batch(settings, len(views), group.count)
+    of_method = fitted(of_method, len(views))
     spec = backbones.describe(settings, top, views.patch_px, views.mpp)
     run.seed_everything(top.seed)
     method = _method(spec, settings, of_method, group)
@@ -84,7 +85,7 @@ def main(
         encoders.save(target / "untrained", method.encoder, spec, {**made, "steps": 0})
         _draw_views(target / "views.png", method, views, plan, group)
     curves = target / "dvclive" if group.first else None
-    with Journal(curves, settings.log_steps, plan.total) as journal:
+    with Journal(curves, settings.log_steps, plan.total, plan.per_epoch) as journal:
         result = {"encoder": method.encoder, "journal": journal}
         if not group.agreed(group.first and checkpoint.finished(plan.folder, result, made)):
             with training.memory_explained(settings, group.count):
@@ -95,12 +96,13 @@ def main(
     if group.first:
         if not journal.has("rankme") and (probe := _probe(data, plan, group)):
             journal.amend(probe(method.encoder))  # it was switched on after the run
-        encoders.save(target / "pretrained", method.encoder, spec, {**made, "steps": plan.total})
         counts = {"epochs": settings.epochs, "steps": plan.total, "views": len(views)}
-        summary = journal.summary(plan.per_epoch)
-        run.write_metrics(target / "metrics.json", {**counts, **summary})
+        summary = journal.summary()
+        run.write_metrics(target / "metrics.json", {**counts, **sizes(of_method), **summary})
         counted = {"slides": len(views.stores), "patches": len(views)}
-        card.write(target / "pretrained", counted, summary)
+        told = {**made, "steps": plan.total, "counts": counted, "metrics": summary}
+        encoders.save(target / "pretrained", method.encoder, spec, told)
+        card.write(target / "pretrained")
 
 
 def _view_set(data: Path, settings: PretrainParams, group: Ranks) -> ViewSet:
@@ -120,6 +122,7 @@ def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: 
     method = build(encoder, of_method, spec.image_px).to(group.device).train()
     preflight.check_views(settings, method.view_policies)
     preflight.check_compile(settings, of_method)
+    preflight.check_spread(settings, of_method)
     if settings.compile:
         for module in method.modules():
             if isinstance(module, type(encoder)):  # the teacher's, too
@@ -149,7 +152,7 @@ def train(
     scaler = torch.amp.GradScaler(device.type, enabled=settings.autocast == "fp16")
     parts = {"method": method, "optimizer": adam, "scaler": scaler, "journal": journal}
     first = checkpoint.resume(plan.folder, parts, plan.made, group)
-    parallel = group.parallel(method)
+    parallel, alarm = group.parallel(method), Alarm(settings.watch, training.warmup(settings))
     batches = journal.waiting(_batches(data, plan, first, group))
     with checkpoint.interruptible(group) as stopped:
         for step in _bar(settings.method, first, plan.total, group):
@@ -183,7 +186,7 @@ def train(
                 probed = probe(method.encoder) if probe and plan.probes(step + 1) else {}
                 health = group.agreed({**method.monitor(progress), **probed})
                 journal.write(step + 1, {**rates, **health})
-                watch.raise_alarm(journal.rows, progress, settings.watch)
+                alarm.look(journal.rows, progress)
             if group.first and (stop or plan.saves(step + 1)):
                 checkpoint.save(plan.folder, step + 1, parts, plan.made, settings.keep_checkpoints)
             if stop and step + 1 < plan.total:

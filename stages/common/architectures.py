@@ -6,6 +6,7 @@ that it is built without a network.
 """
 
 import difflib
+import logging
 from typing import Any
 
 import timm
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from cytossl_core.attention import with_sr_attention
 from cytossl_core.cnn import PatchCNN
 from stages.common.spec import EncoderSpec
+
+logger = logging.getLogger(__name__)
 
 MEAN, STD = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 GIGAPATH = "hf_hub:prov-gigapath/prov-gigapath"
@@ -201,6 +204,8 @@ def from_hub(architecture: str) -> dict[str, Tensor]:
             f"timm's hub has no weights for {architecture}: set `weights` to none or to a "
             "safetensors file"
         )
+    logger.info("weights of %s: those of https://huggingface.co/%s", architecture, place)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for each of its retries
     try:
         return load_state_dict_from_hf(place)
     except OSError as error:
@@ -209,7 +214,7 @@ def from_hub(architecture: str) -> dict[str, Tensor]:
             f"the weights of {architecture} were not had from https://huggingface.co/{place}: "
             f"{first} Accept the terms on that page if it has some and set HF_TOKEN to a token of "
             "yours; without a network, fetch the safetensors file elsewhere and set "
-            "`weights` to its path"
+            "`weights` to its path (HF_HUB_OFFLINE=1 spares the minute of retries)"
         ) from None
 
 

@@ -84,6 +84,7 @@ def prepare(spec: EncoderSpec, settings: Settings) -> nn.Module:
 def inputs(settings: Settings) -> tuple[str, ...]:
     """Digests of the files that decide where the encoder begins."""
     if settings.init_from:
+        _check_place(Path(settings.init_from))
         return (encoders.digest_of(Path(settings.init_from)),)
     path = Path(settings.weights)
     if settings.weights in ("none", "timm") or not path.is_file():
@@ -139,9 +140,10 @@ def _check_continues(former: EncoderSpec, spec: EncoderSpec, folder: Path) -> No
             )
     lost = set(TERMS[former.irpe]) - set(TERMS[spec.irpe])
     if lost:
+        kept = [name for name, terms in TERMS.items() if set(TERMS[former.irpe]) <= set(terms)]
         raise ValueError(
             f"pretrain.init_from: the encoder in {folder} has irpe {former.irpe}, and this run "
-            f"{spec.irpe}: its learned tables would be lost; set irpe to {former.irpe} or qkv"
+            f"{spec.irpe}: its learned tables would be lost; set irpe to {' or '.join(kept)}"
         )
     if former.lora and spec.lora and former.lora != spec.lora:
         raise ValueError(
@@ -168,3 +170,9 @@ def _check_place(folder: Path) -> None:
             f"params.yaml: pretrain.init_from is {folder}: DVC empties {own} before this stage "
             "runs; copy the encoder elsewhere first, and name that folder"
         )
+    for name in (encoders.DESCRIPTION, encoders.WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"params.yaml: pretrain.init_from is {folder}: it must be the folder of a saved "
+                f"encoder, and there is no {name} in it; mend the path"
+            )

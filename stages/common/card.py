@@ -97,13 +97,10 @@ project `stages.common.encoders.load(folder)` returns encoder and spec, and
 """
 
 
-def write(folder: Path, counts: Mapping[str, float], metrics: Mapping[str, float]) -> None:
-    """Write the card of the encoder in `folder`.
+def write(folder: Path) -> None:
+    """Write the card of the encoder in `folder`, of what its encoder.json tells.
 
-    Args:
-        folder: Holds a saved encoder.
-        counts: Of the data, by what was counted: slides, patches, ...
-        metrics: Of the training, by name.
+    Its provenance holds `counts` of the data and `metrics` of the training, by name.
     """
     described = encoders.describe(folder)
     spec, made = described["spec"], described["provenance"]
@@ -112,8 +109,8 @@ def write(folder: Path, counts: Mapping[str, float], metrics: Mapping[str, float
         px=spec.image_px,
         what=_table(_what(spec)),
         how=_table(_how(described["base"], made)),
-        data=_table({**counts, "digest": made.get("data", "not stated")}),
-        metrics=_table(metrics),
+        data=_table({**made.get("counts", {}), "digest": made.get("data", "not stated")}),
+        metrics=_table(made.get("metrics", {})),
         patch_px=spec.patch_px,
         mpp=spec.mpp,
         **described["licence"],
@@ -140,12 +137,14 @@ def _what(spec: EncoderSpec) -> dict[str, Any]:
 def _how(base: Base, made: Mapping[str, Any]) -> dict[str, Any]:
     begun = {"none": "random numbers", "timm": "weights released through timm"}
     known = made.get("params", {}).get("pretrain", {})
+    own = known.get(made.get("method"), {})
     names = ("splits", "epochs", "batch", "optimizer", "learning_rate", "weight_decay", "autocast")
     return {
         "method": made.get("method", "not stated"),
         "began with": begun.get(base.weights, f"the weights of {PurePath(base.weights).name}"),
         "steps": made.get("steps", "not stated"),
         **{name.replace("_", " "): _told(known[name]) for name in names if name in known},
+        **({"prototypes": own["prototypes"]} if "prototypes" in own else {}),
         **({"splits": "train, with labels"} if made.get("method") == cohort.LABELLED else {}),
         "version of the code": made.get("version", "not stated"),
     }

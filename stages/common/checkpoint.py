@@ -8,6 +8,7 @@ the state of each part. Random numbers have no state to keep: each is a hash of 
 step and what it is for, and so is the order of the patches.
 """
 
+import errno
 import io
 import logging
 import os
@@ -34,7 +35,7 @@ FINISHED = "finished.pt"
 STALE_SECONDS = 3600  # a half-written file of this age has lost its writer
 # What zip and unpickling raise on bytes that are not those that were written.
 DAMAGED = (
-    *(RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, NotImplementedError),
+    *(RuntimeError, EOFError, KeyError, TypeError, ValueError, OverflowError, NotImplementedError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, zlib.error),
 )
 
@@ -56,15 +57,21 @@ Parts = dict[str, Part]
 
 def save(folder: Path, step: int, parts: Parts, made: dict[str, Any], keep: int) -> None:
     """Write the state of all parts after `step` steps, then drop all but the newest `keep`."""
-    _write(folder / f"step-{step:09d}.pt", step, parts, made)
-    for old in _found(folder)[:-keep]:
-        old.unlink(missing_ok=True)
+    written = folder / f"step-{step:09d}.pt"
+    _write(written, step, parts, made)
+    for old in found(folder)[:-keep]:
+        if old != written:  # files of later steps are another's, and no reason to lose this one
+            old.unlink(missing_ok=True)
 
 
 def finish(folder: Path, step: int, parts: Parts, made: dict[str, Any]) -> None:
     """Write what outlives the run, then drop its checkpoints."""
     _write(folder / FINISHED, step, parts, made)
-    for old in _found(folder):
+    _drop(folder)
+
+
+def _drop(folder: Path) -> None:
+    for old in found(folder):
         old.unlink(missing_ok=True)
 
 
@@ -79,26 +86,33 @@ def _write(path: Path, step: int, parts: Parts, made: dict[str, Any]) -> None:
 
 
 def finished(folder: Path, parts: Parts, made: dict[str, Any]) -> bool:
-    """Whether the run has ended; its end is then put into all parts."""
+    """Whether the run has ended; its end is then put into all parts.
+
+    Checkpoints that it left when it was killed while it ended are dropped.
+    """
     state = _newest([folder / FINISHED], made)
-    for name, part in parts.items() if state else ():
+    if state is None:
+        return False
+    for name, part in parts.items():
         part.load_state_dict(state[name])
-    return state is not None
+    _drop(folder)
+    return True
 
 
 def resume(folder: Path, parts: Parts, made: dict[str, Any], ranks: Ranks) -> int:
     """Put the newest state into all parts and return its step: 0 if there is none.
 
-    A damaged file is passed over for the one before it, with a warning.
+    A damaged file is removed, with a warning, and the one before it is taken.
 
     Raises:
+        OSError: a file could not be read; that is no damage.
         ValueError: the state is of another run.
         FileNotFoundError: a machine does not see the file that the first rank found.
     """
     state = None
     if ranks.first:
         _sweep(folder)
-        state = _newest(_found(folder)[::-1], made)
+        state = _newest(found(folder)[::-1], made)
     step = ranks.agreed(state["step"] if state else 0)
     if not step:
         return 0
@@ -111,19 +125,34 @@ def resume(folder: Path, parts: Parts, made: dict[str, Any], ranks: Ranks) -> in
 
 
 def _newest(paths: list[Path], made: dict[str, Any]) -> dict[str, Any] | None:
-    """The first of `paths` that is there and whole."""
+    """The first of `paths` that is there and whole; damaged ones before it are removed."""
+    damaged = False
     for path in paths:
         if not path.is_file():
             continue
-        try:
-            state = _read(path)
-            found = state["made"]
-        except DAMAGED as error:  # whose texts advise to trust the file
-            kind = type(error).__name__
-            logger.warning("%s is damaged (%s): going back to the one before", path, kind)
-            continue
-        _check(found, made, path)
-        return state
+        state = _whole(path)
+        if state is not None:
+            _check(state["made"], made, path)
+            return state
+        damaged = True
+        path.unlink(missing_ok=True)
+    if damaged and not found(paths[0].parent):
+        folder = paths[0].parent
+        logger.warning("no whole checkpoint is left in %s: starting at step 0", folder)
+    return None
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None if it is not what was written, with a warning."""
+    try:
+        return _read(path)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a damaged file may name a place before its beginning
+            raise
+        kind = type(error).__name__
+    except DAMAGED as error:  # whose texts advise to trust the file
+        kind = type(error).__name__
+    logger.warning("%s is damaged (%s) and is removed", path, kind)
     return None
 
 
@@ -132,7 +161,10 @@ def _read(path: Path) -> dict[str, Any]:
         if archive.testzip():
             raise zipfile.BadZipFile
     # To the CPU: parts move what they take to where they are, and there is memory for both.
-    return torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not {"step", "made"} <= state.keys():
+        raise ValueError("no checkpoint")
+    return state
 
 
 def _of_first_rank(path: Path) -> dict[str, Any]:
@@ -144,9 +176,9 @@ def _of_first_rank(path: Path) -> dict[str, Any]:
     return _read(path)
 
 
-def _check(found: dict[str, Any], made: dict[str, Any], path: Path) -> None:
+def _check(there: dict[str, Any], made: dict[str, Any], path: Path) -> None:
     """Refuse what was made by other settings, data or code."""
-    before, now = ({**_flat(values), "run": ""} for values in (found, made))
+    before, now = ({**_flat(values), "run": ""} for values in (there, made))
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if keys:
         told = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} here" for key in keys)
@@ -168,7 +200,8 @@ def _sweep(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _found(folder: Path) -> list[Path]:
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest last."""
     return sorted(folder.glob("step-*.pt"))
 
 

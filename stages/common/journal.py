@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,14 +23,16 @@ class Journal:
         folder: For DVCLive, which empties it; None: rows are kept and not shown.
         every: Steps between two rows.
         last: Number of the last step, which has a row in any case.
+        epoch: Steps that `summary` looks back on.
     """
 
-    def __init__(self, folder: Path | None, every: int, last: int) -> None:
+    def __init__(self, folder: Path | None, every: int, last: int, epoch: int) -> None:
         self.live = folder and Live(dir=str(folder), dvcyaml=None, save_dvc_exp=False)
         self.every, self.last = every, last
         self.rows: list[dict[str, float]] = []
         self.losses: list[float] = []  # since the last row
         self.norms: list[float] = []
+        self.newest: deque[tuple[float, float]] = deque(maxlen=epoch)  # loss and norm of a step
         self._restart()
 
     def __enter__(self) -> "Journal":
@@ -55,6 +58,7 @@ class Journal:
         """One more step: its loss and its gradient's norm, which is not finite if it overflowed."""
         self.losses.append(loss)
         self.norms.append(norm)
+        self.newest.append((loss, norm))
         self.patches += patches
 
     def due(self, step: int) -> bool:
@@ -63,12 +67,9 @@ class Journal:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Add the row of step number `step`: `numbers`, and means since the last row."""
-        finite = [norm for norm in self.norms if math.isfinite(norm)]
         row = {
             "step": step,
-            "loss": sum(self.losses) / len(self.losses),
-            "gradient_norm": sum(finite) / max(len(finite), 1),
-            "skipped_steps": len(self.norms) - len(finite),
+            **_of_steps(self.losses, self.norms),
             **numbers,
             **self._measured(),
         }
@@ -110,20 +111,34 @@ class Journal:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"rows": self.rows, "losses": self.losses, "norms": self.norms}
+        lists = {"rows": self.rows, "losses": self.losses, "norms": self.norms}
+        return {**lists, "newest": list(self.newest)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a state: nothing is missing from the curves, nothing is there twice."""
         self.rows, self.losses, self.norms = state["rows"], state["losses"], state["norms"]
+        self.newest.clear()
+        self.newest.extend(map(tuple, state["newest"]))
         for row in self.rows:
             self._show(row)
         self._restart()
 
-    def summary(self, steps: int) -> dict[str, float]:
-        """The newest of each number but those measured; the loss is the mean of `steps` steps."""
-        first = self.last - steps
-        losses = [row["loss"] for row in self.rows if row["step"] > first]
+    def summary(self) -> dict[str, float]:
+        """The newest of each number but those measured; of loss and norm that of the last epoch.
+
+        Nothing in it depends on where the rows are.
+        """
         left_out = ("step", *MEASURED)
         newest = {name: value for row in self.rows for name, value in row.items()}
         row = {name: value for name, value in newest.items() if name not in left_out}
-        return {**row, "loss": sum(losses) / len(losses)}
+        losses, norms = zip(*self.newest, strict=True)
+        return {**row, **_of_steps(losses, norms)}
+
+
+def _of_steps(losses: Sequence[float], norms: Sequence[float]) -> dict[str, float]:
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    return {
+        "loss": sum(losses) / len(losses),
+        "gradient_norm": sum(finite) / max(len(finite), 1),
+        "skipped_steps": len(norms) - len(finite),
+    }

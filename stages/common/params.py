@@ -111,7 +111,7 @@ def _cast(value: Any, kind: Any, name: str) -> Any:
     if origin is tuple:
         return _cast_tuple(value, arguments, name)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else _cast(value, arguments[0], name)
+        return _cast_either(value, arguments, name)
     if dataclasses.is_dataclass(kind):
         return _nested(value, kind, name)
     if kind is float and type(value) is int:
@@ -123,6 +123,17 @@ def _cast(value: Any, kind: Any, name: str) -> Any:
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} is {value}: it must be finite")
     return value
+
+
+def _cast_either(value: Any, kinds: tuple[Any, ...], name: str) -> Any:
+    """`value` as the first of `kinds`, or None, or one of the words that the others allow."""
+    words = [word for kind in kinds[1:] for word in typing.get_args(kind)]
+    if value in words or (value is None and type(None) in kinds):
+        return value
+    if words and type(value) is str:
+        known = ", ".join(words)
+        raise ValueError(f"{name} is {value!r}: it must be {kinds[0].__name__}, or one of {known}")
+    return _cast(value, kinds[0], name)
 
 
 def _cast_tuple(value: Any, arguments: tuple[Any, ...], name: str) -> tuple[Any, ...]:

@@ -54,6 +54,21 @@ def check_compile(settings: PretrainParams, of_method: Any) -> None:
         )
 
 
+def check_spread(settings: PretrainParams, of_method: Any) -> None:
+    """Refuse KoLeo where no patch has a neighbour.
+
+    Raises:
+        ValueError: see above.
+    """
+    weight = getattr(of_method, "koleo_weight", 0)
+    if weight and settings.batch // settings.accumulate < 2:
+        raise ValueError(
+            f"params.yaml: pretrain.{settings.method}.koleo_weight is {weight}: KoLeo compares the "
+            f"patches of a pass, and pretrain.batch {settings.batch} over pretrain.accumulate "
+            f"{settings.accumulate} leaves one; lower accumulate, or set koleo_weight to 0"
+        )
+
+
 def check_batch(settings: PretrainParams, views: int, devices: int) -> None:
     """Refuse a batch that the views cannot fill, or that cannot be dealt out evenly.
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.amp import GradScaler
 
-from stages.common import backbones, cache, fingerprint, optimizer, params
+from stages.common import backbones, cache, checkpoint, fingerprint, optimizer, params
 from stages.common.schedules import cosine, warmup_cosine
 from stages.common.spec import EncoderSpec, LoraParams
+from stages.common.views import BLUR_PX
 from stages.common.watch import WatchParams
 
 # Settings that change how a run goes about it and not what comes out.
@@ -75,7 +76,8 @@ class PretrainParams:
         self._require("drop_path", 0 <= self.drop_path < 1, "from 0 to below 1")
         self._require("warmup_epochs", self.warmup_epochs >= 0, "0 or more")
         self._require("splits", len(self.splits) > 0, "one or more of train, val, test")
-        whole = self.global_px >= 1 and self.global_px % max(self.token_px, 1) == 0
+        self._require("global_px", self.global_px >= BLUR_PX, f"{BLUR_PX} or more")
+        whole = self.global_px % max(self.token_px, 1) == 0
         self._require("global_px", whole, f"a multiple of token_px, {self.token_px}")
 
     def _require(self, name: str, holds: bool, what: str) -> None:
@@ -109,18 +111,23 @@ class Plan:
         return step % self.settings.checkpoint_steps == 0 and step < self.total
 
     def probes(self, step: int) -> bool:
-        """Whether the row of step number `step` has a probe of the embeddings."""
-        return self.settings.watch.due(step, self.settings.log_steps, self.per_epoch)
+        """Whether the row of step number `step` has a probe of the embeddings; the last has one."""
+        about = self.settings.watch
+        return step == self.total or about.due(step, self.settings.log_steps, self.per_epoch)
+
+
+def warmup(settings: PretrainParams) -> float:
+    """Share of the run in which the learning rate rises.
+
+    A short trial of a long run's settings must warm up and learn: it ends halfway at last.
+    """
+    return min(settings.warmup_epochs / settings.epochs, LONGEST_WARMUP)
 
 
 def rates(settings: PretrainParams, progress: float) -> dict[str, float]:
-    """Learning rate and weight decay of a step.
-
-    A short trial of a long run's settings must warm up and learn: the warm-up ends halfway at last.
-    """
+    """Learning rate and weight decay of a step."""
     peak = settings.learning_rate * settings.batch / REFERENCE_BATCH
-    warmup = min(settings.warmup_epochs / settings.epochs, LONGEST_WARMUP)
-    rate = warmup_cosine(peak, settings.final_learning_rate, warmup, progress)
+    rate = warmup_cosine(peak, settings.final_learning_rate, warmup(settings), progress)
     decay = cosine(settings.weight_decay, settings.final_weight_decay, progress)
     return {"learning_rate": rate, "weight_decay": decay}
 
@@ -155,10 +162,11 @@ def check_finite(loss: float, norm: float, scaler: GradScaler, step: int, folder
     """
     mended = scaler.is_enabled() and scaler.get_scale() > 1
     if not math.isfinite(loss) or not (math.isfinite(norm) or mended):
+        kept = f"; the checkpoints of this one stay in {folder}" if checkpoint.found(folder) else ""
         raise ValueError(
             f"the loss is {loss} and the norm of its gradient {norm} at step {step}: both must be "
-            "finite; lower pretrain.learning_rate or set pretrain.autocast to none (checkpoints "
-            f"from before are in {folder})"
+            "finite; lower pretrain.learning_rate or set pretrain.autocast to none, which begins a "
+            f"new run{kept}"
         )
 
 

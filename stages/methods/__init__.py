@@ -1,6 +1,6 @@
 """What `stages.pretrain` asks of a method: `build(encoder, params, image_px)` returns one."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -42,3 +42,13 @@ class Method(Protocol):
     def monitor(self, progress: float) -> dict[str, float]:
         """Numbers that show the health of training, of the last forward."""
         ...
+
+
+def fitted(of_method: Any, patches: int) -> Any:
+    """A method's params, what they leave to the number of patches being chosen."""
+    return of_method.fitted(patches) if hasattr(of_method, "fitted") else of_method
+
+
+def sizes(of_method: Any) -> dict[str, int]:
+    """Of a method's params what may have been chosen by the data, for the metrics."""
+    return {"prototypes": of_method.prototypes} if hasattr(of_method, "prototypes") else {}

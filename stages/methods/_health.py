@@ -7,6 +7,44 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from cytossl_core.losses.rows import of_all_ranks
+
+ENOUGH = 16  # patches that show whether they are told apart
+
+
+class Seen:
+    """What a step's newest passes showed, of `ENOUGH` patches or more where it has so many.
+
+    One pass may hold one patch, which says nothing of how patches differ.
+    """
+
+    def __init__(self) -> None:
+        self._progress = -1.0
+        self._passes: list[tuple[int, tuple[Tensor, ...]]] = []
+
+    def note(self, progress: float, patches: int, *rows: Tensor) -> None:
+        """One more pass; those of a step have one `progress`. Older ones that are spare go."""
+        if progress != self._progress:
+            self._passes.clear()
+        self._progress = progress
+        self._passes.append((patches, tuple(some.detach() for some in rows)))
+        while self.patches - self._passes[0][0] >= ENOUGH:
+            del self._passes[0]
+
+    @property
+    def patches(self) -> int:
+        """How many are held on this rank."""
+        return sum(patches for patches, _ in self._passes)
+
+    def rows(self) -> list[Tensor]:
+        """Each kind of rows, float32, over the passes; and over the ranks where one has too few.
+
+        Every rank must ask.
+        """
+        kinds = zip(*(rows for _, rows in self._passes), strict=True)
+        own = [torch.cat(kind).float() for kind in kinds]
+        return own if self.patches >= ENOUGH else [of_all_ranks(some)[0] for some in own]
+
 
 def embedding_std(embedding: Float[Tensor, "row dim"]) -> float:
     """Of unit rows over the batch, times the root of their length.

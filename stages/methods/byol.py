@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cytossl_core.losses import byol_loss
 from stages.common.schedules import cosine
 from stages.methods import _health, _momentum
-from stages.methods._checks import require
+from stages.methods._checks import require, require_views
 from stages.methods._heads import perceptron
 from stages.methods._pair import Pair
 
@@ -25,7 +25,8 @@ class Params:
     momentum: float  # share of the old target that a step keeps, at first; ends at 1 (0.996)
 
     def __post_init__(self) -> None:
-        """Refuse values that the networks cannot have."""
+        """Refuse values that the views and the networks cannot have."""
+        require_views("byol.views", self.views)
         for name in ("hidden_dim", "projection_dim"):
             require("byol", name, getattr(self, name), 1, math.inf)
         require("byol", "momentum", self.momentum, 0, 1)
@@ -48,7 +49,7 @@ class BYOL(nn.Module):
         self.online = nn.Sequential(encoder, projector)
         self.predictor = perceptron([dim, hidden, dim], bias=True, norm_last=False)
         self.target = _momentum.copy_of(self.online)
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # predictions, targets, embeddings
+        self._seen = _health.Seen()  # predictions, targets, embeddings
 
     @property
     def encoder(self) -> nn.Module:
@@ -73,7 +74,8 @@ class BYOL(nn.Module):
         predicted = [self.predictor(self.online[1](one)) for one in embedding]
         with torch.no_grad():
             target = [self.target(view) for view in views]
-        self._seen = torch.cat(predicted).detach(), torch.cat(target[::-1]), embedding[0].detach()
+        seen = torch.cat(predicted), torch.cat(target[::-1]), embedding[0]
+        self._seen.note(progress, len(views[0]), *seen)
         return byol_loss(predicted[0], target[1]) + byol_loss(predicted[1], target[0])
 
     def after_backward(self, progress: float) -> None:
@@ -88,8 +90,8 @@ class BYOL(nn.Module):
         return cosine(self.params.momentum, 1.0, progress)
 
     def monitor(self, progress: float) -> dict[str, float]:
-        """Signs of collapse, of the last forward; see `_health`."""
-        predicted, target, embedding = self._seen
+        """Signs of collapse, of the last step; see `_health`."""
+        predicted, target, embedding = self._seen.rows()
         return {
             "momentum": self.momentum(progress),
             "embedding_std": _health.embedding_std(embedding),

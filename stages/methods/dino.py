@@ -3,7 +3,6 @@
 import itertools
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -13,58 +12,15 @@ from cytossl_core.losses import DINOLoss, IBOTLoss, koleo_loss
 from stages.common.schedules import cosine, warmup_flat
 from stages.common.views import ViewPolicy
 from stages.methods import _health, _momentum
-from stages.methods._checks import require
 from stages.methods._dino_head import Head
-from stages.methods._masked import Masking, hidden, masks, require_tokens
+from stages.methods._dino_params import AUTO, Params
+from stages.methods._masked import hidden, masks, require_tokens
+
+__all__ = ["DINO", "Head", "Network", "Params", "build"]
 
 Views = list[Float[Tensor, "batch 3 px px"]]  # the teacher's two first; px differs
 TEACHER_VIEWS = 2
-
-
-@dataclass(frozen=True)
-class Params:
-    """Section pretrain.dino of params.yaml; in brackets what facebookresearch/dino has."""
-
-    local_views: int  # small crops of each patch, seen by the student only (8)
-    local_px: int  # side of a local view (96)
-    global_scale: tuple[float, float]  # area of the 2 global crops, share of the patch (0.4, 1)
-    local_scale: tuple[float, float]  # area of a local crop, share of the patch (0.05, 0.4)
-    rotation_degrees: float  # crops are turned by up to so much either way; 180: any way (0)
-    flip: float  # chance of mirroring, for each axis (0.5, left to right only)
-    jitter: float  # chance of changed brightness, contrast, saturation and hue (0.8)
-    gray: float  # chance of losing the colours (0.2)
-    blur: tuple[float, float, float]  # chance for first, second global and locals (1, 0.1, 0.5)
-    solarize: float  # chance that the second global's bright pixels are inverted (0.2)
-    # Outputs of the head (65536 for 1.3 million images). lightly-train chooses by the number of
-    # images: 1024 up to 20 thousand, 2048 to 50, 4096 to 100, 16384 to 200, 32768 to 500.
-    prototypes: int
-    hidden_dim: int  # width of the head's two hidden layers (2048)
-    bottleneck_dim: int  # width of the unit vectors that meet the prototypes (256)
-    student_temperature: float  # divides the student's outputs (0.1)
-    # Too warm a teacher makes all outputs uniform: the loss stays at ln(prototypes). lightly-train
-    # has 0.02 at first and 0.02 to the end below 20 thousand images, 0.04 and 0.07 from a million.
-    teacher_temperature_start: float  # divides the teacher's outputs at first (0.04)
-    teacher_temperature: float  # after the warm-up; above 0.07 unstable (0.04 to 0.07)
-    teacher_temperature_warmup: float  # length of that warm-up, share of the run (0.3)
-    center_momentum: float  # share of the old center that a step keeps (0.9)
-    momentum: float  # share of the old teacher that a step keeps, at first; ends at 1 (0.996)
-    freeze_prototypes: float  # share of the run in which prototypes stay as drawn (0.01)
-    # Beyond Cyto-SSL and DINO, off at 0; DINOv2 and CytoFM have both.
-    koleo_weight: float  # of KoLeo, for each global view of the student (DINOv2 0.1)
-    ibot: Masking  # prediction of masked tokens, with a head of its own
-
-    def __post_init__(self) -> None:
-        """Refuse values that the loss and the schedules cannot have."""
-        require("dino", "prototypes", self.prototypes, 2, math.inf)
-        for name in ("hidden_dim", "bottleneck_dim"):
-            require("dino", name, getattr(self, name), 1, math.inf)
-        for name in ("student_temperature", "teacher_temperature_start", "teacher_temperature"):
-            require("dino", name, getattr(self, name), 1e-6, math.inf)
-        require("dino", "center_momentum", self.center_momentum, 0, 0.9999)  # 1 would never learn
-        for name in ("momentum", "teacher_temperature_warmup", "freeze_prototypes"):
-            require("dino", name, getattr(self, name), 0, 1)
-        for name in ("local_views", "koleo_weight"):
-            require("dino", name, getattr(self, name), 0, math.inf)
+WATCHED_TOKENS = 64
 
 
 class Network(nn.Module):
@@ -90,8 +46,8 @@ class Network(nn.Module):
     def with_tokens(
         self, views: Views, masked: Bool[Tensor, "row token"], hide: bool
     ) -> tuple[Tensor, Tensor, Float[Tensor, "masked prototype"]]:
-        """The same, and the head's outputs at the masked tokens of the first resolution."""
-        first, *others = _by_resolution(views)
+        """The same, and the head's outputs at the masked tokens of the teacher's views."""
+        first, others = torch.cat(views[:TEACHER_VIEWS]), _by_resolution(views[TEACHER_VIEWS:])
         with hidden(self.encoder, masked, self.mask_token) if hide else nullcontext():
             features = self.encoder.forward_features(first)
         tokens = features[:, self.encoder.num_prefix_tokens :][masked]
@@ -122,7 +78,9 @@ class DINO(nn.Module):
         losses = (params.prototypes, params.student_temperature, params.center_momentum)
         self.loss = DINOLoss(*losses)
         self.token_loss = IBOTLoss(*losses) if params.ibot.weight else None
-        self._seen: tuple[Tensor, Tensor] | None = None  # the teacher's last logits, embeddings
+        self._seen = _health.Seen()  # the teacher's logits, embeddings
+        self._parts: dict[str, Tensor] = {}  # of the last pass's loss
+        self._tokens: Tensor | None = None  # the teacher's logits at some of its tokens
 
     @property
     def encoder(self) -> nn.Module:
@@ -142,23 +100,24 @@ class DINO(nn.Module):
 
         With masked tokens or KoLeo, their weighted losses are added.
         """
-        temperature = self.teacher_temperature(progress)
         if self.token_loss is not None:
-            return self._with_tokens(views, temperature, keys)
+            return self._with_tokens(views, progress, keys)
         with torch.no_grad():
             target, seen = self.teacher(views[:TEACHER_VIEWS])
         logits, embedding = self.student(views)
-        self._seen = target, seen
-        return self.loss(logits, target, temperature, hold=True) + self._koleo(embedding, seen)
+        self._seen.note(progress, len(views[0]), target.flatten(0, 1), seen)
+        loss = self.loss(logits, target, self.teacher_temperature(progress), hold=True)
+        return loss + self._koleo(embedding, seen)
 
-    def _with_tokens(self, views: Views, temperature: float, keys: Tensor) -> Float[Tensor, ""]:
-        masked = self._masks(views, keys)
+    def _with_tokens(self, views: Views, progress: float, keys: Tensor) -> Float[Tensor, ""]:
+        masked, temperature = self._masks(views, keys), self.teacher_temperature(progress)
         with torch.no_grad():
             target, seen, wanted = self.teacher.with_tokens(views[:TEACHER_VIEWS], masked, False)
         logits, embedding, said = self.student.with_tokens(views, masked, True)
-        self._seen = target, seen
+        self._seen.note(progress, len(views[0]), target.flatten(0, 1), seen)
         image = masked.nonzero()[:, 0]
         tokens = self.token_loss(said, wanted, image, len(masked), temperature, hold=True)
+        self._parts["token_loss"], self._tokens = tokens.detach(), wanted[:WATCHED_TOKENS].clone()
         loss = self.loss(logits, target, temperature, hold=True)
         return loss + self.params.ibot.weight * tokens + self._koleo(embedding, seen)
 
@@ -171,7 +130,9 @@ class DINO(nn.Module):
         if not self.params.koleo_weight:
             return 0.0
         large = embedding[: len(seen)].chunk(TEACHER_VIEWS)
-        return self.params.koleo_weight * sum(koleo_loss(view) for view in large)
+        koleo = torch.stack([koleo_loss(view) for view in large]).sum()
+        self._parts["koleo"] = koleo.detach()
+        return self.params.koleo_weight * koleo
 
     def after_backward(self, progress: float) -> None:
         """The center moves; the prototypes stay as drawn in the first part of the run."""
@@ -198,23 +159,29 @@ class DINO(nn.Module):
 
     @torch.no_grad()
     def monitor(self, progress: float) -> dict[str, float]:
-        """Signs of collapse, of the last forward.
+        """Signs of collapse, of the last step.
 
         `teacher_entropy`: of the teacher's outputs, over ln(prototypes); 1 is uniform, 0 is one
         prototype for each image. `prototypes_entropy`: the same of their mean over the batch; near
         0 all images fall on one prototype. `embedding_std`: of the teacher's unit embeddings over
         the batch, times the root of their length; near 1 they point everywhere, at 0 all one way.
+        `token_entropy`: as `teacher_entropy`, at masked tokens. `token_loss`, `koleo`: of the last
+        pass, not weighted.
         """
-        logits, embedding = self._seen
+        logits, embedding = self._seen.rows()
         temperature = self.teacher_temperature(progress)
-        outputs = ((logits.float() - self.loss.center) / temperature).softmax(-1).flatten(0, 1)
+        outputs = ((logits - self.loss.center) / temperature).softmax(-1)
         found = {
             "momentum": self.momentum(progress),
             "teacher_temperature": temperature,
             "teacher_entropy": _relative_entropy(outputs).mean().item(),
             "center_norm": self.loss.center.norm().item(),
+            **{name: value.item() for name, value in self._parts.items()},
         }
-        if logits.shape[1] == 1:  # one patch says nothing of how patches differ
+        if self._tokens is not None and len(self._tokens):
+            tokens = (self._tokens.float() - self.token_loss.center) / temperature
+            found["token_entropy"] = _relative_entropy(tokens.softmax(-1)).mean().item()
+        if len(logits) == TEACHER_VIEWS:  # one patch says nothing of how patches differ
             return found
         spread = {
             "prototypes_entropy": _relative_entropy(outputs.mean(0)).item(),
@@ -243,5 +210,14 @@ def _view_policies(params: Params, image_px: int) -> list[ViewPolicy]:
 
 
 def build(encoder: nn.Module, params: Params, image_px: int) -> DINO:
-    """DINO around an untrained encoder, which becomes the student's."""
+    """DINO around an untrained encoder, which becomes the student's.
+
+    Raises:
+        ValueError: `params.prototypes` is left to the data, and no data was looked at.
+    """
+    if params.prototypes == AUTO:
+        raise ValueError(
+            "pretrain.dino.prototypes is auto: `Params.fitted` must choose it by the number of "
+            "patches first"
+        )
     return DINO(encoder, params, image_px)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cytossl_core.losses import mocov3_loss
 from stages.common.schedules import cosine
 from stages.methods import _health, _momentum
-from stages.methods._checks import require
+from stages.methods._checks import require, require_views
 from stages.methods._heads import perceptron
 from stages.methods._pair import Pair
 
@@ -27,7 +27,8 @@ class Params:
     freeze_tokens: bool  # whether the projection of pixels to tokens stays as drawn (true)
 
     def __post_init__(self) -> None:
-        """Refuse values that the loss and the networks cannot have."""
+        """Refuse values that views, loss and networks cannot have."""
+        require_views("mocov3.views", self.views)
         for name in ("hidden_dim", "projection_dim"):
             require("mocov3", name, getattr(self, name), 1, math.inf)
         require("mocov3", "temperature", self.temperature, 1e-6, math.inf)
@@ -39,9 +40,11 @@ class MoCoV3(nn.Module):
 
     Source:
         Chen, Xie and He 2021, Algorithm 1, https://arxiv.org/abs/2104.02057, and
-        facebookresearch/moco-v3. Differs in one thing: the key network moves at the end of a step
-        and not at the beginning of the next. Crops are nuclei-centered and of similar scale, after
-        Cyto-SSL, Step 3.
+        facebookresearch/moco-v3. Differs in three things: the key network moves at the end of a
+        step and not at the beginning of the next; and a vision transformer is timm's, whose
+        positions are learned, where MoCo v3 has fixed sines and cosines, and whose weights are
+        drawn as timm draws them, not as its vits.py does. Crops are nuclei-centered and of similar
+        scale, after Cyto-SSL, Step 3.
     """
 
     def __init__(self, encoder: nn.Module, params: Params, image_px: int) -> None:
@@ -55,7 +58,7 @@ class MoCoV3(nn.Module):
         self.query = nn.Sequential(encoder, perceptron(widths, bias=False, norm_last=True))
         self.predictor = perceptron([dim, hidden, dim], bias=False, norm_last=True)
         self.key = _momentum.copy_of(self.query)
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # queries, keys, embeddings
+        self._seen = _health.Seen()  # queries, keys, embeddings
 
     @property
     def encoder(self) -> nn.Module:
@@ -80,7 +83,8 @@ class MoCoV3(nn.Module):
         query = [self.predictor(self.query[1](one)) for one in embedding]
         with torch.no_grad():
             key = [self.key(view) for view in views]
-        self._seen = torch.cat(query).detach(), torch.cat(key[::-1]), embedding[0].detach()
+        seen = torch.cat(query), torch.cat(key[::-1]), embedding[0]
+        self._seen.note(progress, len(views[0]), *seen)
         return mocov3_loss(*query, *key, self.params.temperature)
 
     def after_backward(self, progress: float) -> None:
@@ -95,8 +99,8 @@ class MoCoV3(nn.Module):
         return cosine(self.params.momentum, 1.0, progress)
 
     def monitor(self, progress: float) -> dict[str, float]:
-        """Signs of collapse, of the last forward; see `_health`."""
-        query, key, embedding = self._seen
+        """Signs of collapse, of the last step; see `_health`."""
+        query, key, embedding = self._seen.rows()
         return {
             "momentum": self.momentum(progress),
             "embedding_std": _health.embedding_std(embedding),

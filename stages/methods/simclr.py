@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cytossl_core.losses import nt_xent
 from stages.methods import _health
-from stages.methods._checks import require
+from stages.methods._checks import require, require_views
 from stages.methods._heads import perceptron
 from stages.methods._pair import Pair
 
@@ -24,7 +24,8 @@ class Params:
     temperature: float  # divides the cosines (0.1; 0.5 for batches of 256)
 
     def __post_init__(self) -> None:
-        """Refuse values that the loss cannot have."""
+        """Refuse values that the views and the loss cannot have."""
+        require_views("simclr.views", self.views)
         for name in ("hidden_dim", "projection_dim"):
             require("simclr", name, getattr(self, name), 1, math.inf)
         require("simclr", "temperature", self.temperature, 1e-6, math.inf)
@@ -44,7 +45,7 @@ class SimCLR(nn.Module):
         self.view_policies = params.views.policies(image_px)
         widths = [encoder.num_features, params.hidden_dim, params.projection_dim]
         self.projector = perceptron(widths, bias=False, norm_last=True)
-        self._seen: tuple[Tensor, Tensor] | None = None  # projections, embeddings
+        self._seen = _health.Seen()  # projections of either view, embeddings
 
     def forward(
         self,
@@ -56,8 +57,9 @@ class SimCLR(nn.Module):
         Pair.check(views, "simclr")
         embedding = self.encoder(torch.cat(views))
         projection = self.projector(embedding)
-        self._seen = projection.detach(), embedding.detach()
-        return nt_xent(*projection.chunk(2), self.params.temperature)
+        first, second = projection.chunk(2)
+        self._seen.note(progress, len(first), first, second, embedding)
+        return nt_xent(first, second, self.params.temperature)
 
     def after_backward(self, progress: float) -> None:
         """Nothing to do."""
@@ -66,11 +68,11 @@ class SimCLR(nn.Module):
         """Nothing follows."""
 
     def monitor(self, progress: float) -> dict[str, float]:
-        """Signs of collapse, of the last forward; see `_health`."""
-        projection, embedding = self._seen
+        """Signs of collapse, of the last step; see `_health`."""
+        first, second, embedding = self._seen.rows()
         return {
             "embedding_std": _health.embedding_std(embedding),
-            **_health.cosines(*projection.chunk(2)),
+            **_health.cosines(first, second),
         }
 
 

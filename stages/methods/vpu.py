@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cytossl_core.losses import mixed_log_target, vpu_loss
 from stages.common.views import ViewPolicy
 from stages.methods import _health
-from stages.methods._checks import require
+from stages.methods._checks import require, require_views
 
 PAIRED = True  # of each two patches the first is of a benign slide, the second of another
 _FOR_MIXING = 2**20  # numbers of random streams from here on, those below are views
@@ -30,7 +30,8 @@ class Params:
     mixup_weight: float  # of the regulariser (0.03)
 
     def __post_init__(self) -> None:
-        """Refuse values that the loss cannot have."""
+        """Refuse values that the views and the loss cannot have."""
+        require_views("vpu", self)
         require("vpu", "mixup_alpha", self.mixup_alpha, 1e-3, math.inf)
         require("vpu", "mixup_weight", self.mixup_weight, 0, math.inf)
 

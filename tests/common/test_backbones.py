@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages import export
-from stages.common import architectures, backbones, encoders, weights
+from stages.common import architectures, backbones, card, encoders, weights
 from stages.common.params import Top
 from stages.common.spec import LoraParams
 
@@ -224,8 +224,12 @@ def test_hub_weights_bring_their_normalisation_and_licence(monkeypatch):
     assert (model.base.weights, model.base.licence) == ("timm", "apache-2.0")
 
 
-def test_hub_that_is_not_reached_says_what_to_do(monkeypatch):
+def test_hub_that_is_not_reached_says_what_to_do_and_no_more(monkeypatch):
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)  # as it is at first
+
     def refuse(place):
+        retries = logging.getLogger("huggingface_hub.utils._http")
+        assert not retries.isEnabledFor(logging.WARNING)
         raise OSError("401 Client Error\nmore")
 
     monkeypatch.setattr(architectures, "load_state_dict_from_hf", refuse)
@@ -286,8 +290,12 @@ def test_only_adapters_are_saved_and_loading_merges_them(released, tmp_path):
 def test_merged_encoder_needs_no_base_weights(released, tmp_path):
     spec, model = adapt(released)
     jiggle(model)
-    encoders.save(tmp_path / "made", model, spec, {})
+    told = {"method": "dino", "counts": {"slides": 5}, "metrics": {"loss": 1.5}}
+    encoders.save(tmp_path / "made", model, spec, told)
     export.main(tmp_path / "made", tmp_path / "plain")
+    text = (tmp_path / "plain" / card.CARD).read_text()
+    for line in ("| LoRA adapters | none |", "| slides | 5 |", "| loss | 1.5 |"):
+        assert line in text
     released.unlink()
     loaded, read = encoders.load(tmp_path / "plain")
     assert read == dataclasses.replace(spec, lora=None)
@@ -355,7 +363,7 @@ def test_goes_on_with_more_tables_another_topk_and_side_and_says_so(former, capl
 
 def test_refuses_to_go_on_with_what_would_make_other_numbers(former):
     _, folder = former
-    with pytest.raises(ValueError, match=r"irpe k, and this run none: its learned tables"):
+    with pytest.raises(ValueError, match=r"irpe k, and this run none: .* to k or qk or qkv$"):
         begin(3, "none", init_from=str(folder))
     with pytest.raises(ValueError, match="has architecture test_vit, and this run test_vit2"):
         begin(init_from=str(folder), backbone="test_vit2")
@@ -413,4 +421,13 @@ def test_refuses_to_begin_from_what_dvc_empties(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="init_from is data.pretrain.pretrained: DVC empties"):
         backbones._check_place(Path("data/pretrain/pretrained"))
-    backbones._check_place(Path("encoders/first"))
+
+
+def test_names_the_setting_where_there_is_no_encoder_to_begin_from(former, tmp_path):
+    message = r"params\.yaml: pretrain\.init_from is .*: it must be .* no encoder\.{} in it"
+    with pytest.raises(FileNotFoundError, match=message.format("json")):
+        begin(init_from=str(tmp_path / "nix"))
+    (former[1] / encoders.WEIGHTS).unlink()
+    for use in (begin, lambda init_from: backbones.inputs(SimpleNamespace(init_from=init_from))):
+        with pytest.raises(FileNotFoundError, match=message.format("safetensors")):
+            use(init_from=str(former[1]))

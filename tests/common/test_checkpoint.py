@@ -1,8 +1,10 @@
 """Checkpoints: whole, few, of this run and no other; signals wait for one."""
 
 import dataclasses
+import errno
 import logging
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -64,8 +66,65 @@ def test_damaged_newest_gives_way_to_the_one_before_with_a_warning(tmp_path, cap
         step, _ = resumed(tmp_path)
     assert step == 4
     assert f"{newest} is damaged" in caplog.text
+    assert "no whole checkpoint is left" not in caplog.text
+    assert names(tmp_path) == [before.name]
     before.write_bytes(b"")
+    with caplog.at_level(logging.WARNING):
+        assert resumed(tmp_path)[0] == 0
+    assert f"no whole checkpoint is left in {tmp_path}: starting at step 0" in caplog.text
+
+
+def test_after_damage_to_all_of_them_new_ones_stay(tmp_path):
+    for step in (40, 60):
+        (tmp_path / f"step-{step:09d}.pt").write_bytes(b"x")
     assert resumed(tmp_path)[0] == 0
+    part = saved(tmp_path, 20)
+    step, other = resumed(tmp_path)
+    assert step == 20
+    assert torch.equal(part.weight, other.weight)
+
+
+def test_what_was_just_written_stays_beside_files_of_later_steps(tmp_path):
+    saved(tmp_path, 40, 60, 20)
+    assert "step-000000020.pt" in names(tmp_path)
+
+
+def test_a_damaged_end_is_told_and_removed(tmp_path, caplog):
+    part = {"part": nn.Linear(2, 3)}
+    checkpoint.finish(tmp_path, 6, part, MADE)
+    end = tmp_path / checkpoint.FINISHED
+    end.write_bytes(end.read_bytes()[:-100])
+    with caplog.at_level(logging.WARNING):
+        assert not checkpoint.finished(tmp_path, part, MADE)
+    assert f"{end} is damaged" in caplog.text
+    assert f"no whole checkpoint is left in {tmp_path}: starting at step 0" in caplog.text
+    assert names(tmp_path) == []
+
+
+def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path, monkeypatch):
+    saved(tmp_path, 4)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", refuse)  # root may read all files
+    with pytest.raises(PermissionError):
+        resumed(tmp_path)
+    assert names(tmp_path) == ["step-000000004.pt"]
+
+
+def test_no_damage_at_all_ends_in_another_error(tmp_path):
+    saved(tmp_path, 4)
+    file = tmp_path / "step-000000004.pt"
+    whole = file.read_bytes()
+    rng = random.Random(5)
+    for _ in range(200):
+        bad = bytearray(whole[: rng.choice([len(whole), rng.randrange(len(whole))])])
+        for _ in range(9):
+            if bad:  # mostly in the lists of names and places at the end
+                bad[-rng.randrange(1, min(len(bad), 900) + 1)] = rng.randrange(256)
+        file.write_bytes(bad)
+        assert resumed(tmp_path)[0] in (0, 4)
 
 
 def test_state_of_another_run_is_refused_with_what_differs(tmp_path):
@@ -91,6 +150,17 @@ def test_finished_run_keeps_one_file_of_what_is_wanted(tmp_path):
     assert checkpoint.finished(tmp_path, {"wanted": other}, MADE)
     assert torch.equal(wanted.weight, other.weight)
     assert part.weight.shape == (3, 2)
+
+
+def test_what_a_kill_at_the_end_left_is_dropped_later(tmp_path):
+    saved(tmp_path, 4, 5)
+    step = tmp_path / "step-000000005.pt"
+    before = step.read_bytes()
+    part = {"part": nn.Linear(2, 3)}
+    checkpoint.finish(tmp_path, 6, part, MADE)
+    step.write_bytes(before)
+    assert checkpoint.finished(tmp_path, part, MADE)
+    assert names(tmp_path) == ["finished.pt"]
 
 
 def test_second_signal_is_not_held_back():

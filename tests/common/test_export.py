@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import re
 import sys
@@ -71,10 +72,12 @@ def test_onnx_selects_keys(tmp_path):
         assert (model(images(2, 40)) - dense(images(2, 40))).abs().max() > 1e-2
 
 
-def test_large_weights_lie_beside_the_file(tmp_path, monkeypatch):
+def test_large_weights_lie_beside_the_file_and_libraries_are_quiet(tmp_path, monkeypatch, caplog):
     saved(tmp_path / "made", SPEC)
     monkeypatch.setattr(export, "MOST_INSIDE", 1000)
-    export.to_onnx(tmp_path / "made", tmp_path / "new" / "encoder.onnx")
+    with caplog.at_level(logging.INFO):
+        command.main(tmp_path / "made", tmp_path / "new" / "encoder.onnx")
+    assert {record.name for record in caplog.records} == {"stages.export"}
     assert sorted(os.listdir(tmp_path / "new")) == ["encoder.onnx", "encoder.onnx.data"]
     onnxruntime.InferenceSession(tmp_path / "new" / "encoder.onnx")
 
@@ -120,7 +123,7 @@ def test_the_readmes_three_lines_load_an_encoder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("spec", [SPEC, RESNET], ids=lambda spec: spec.architecture)
 def test_the_cards_lines_load_the_encoder(tmp_path, monkeypatch, spec):
     model = saved(tmp_path, spec)
-    card.write(tmp_path, {}, {})
+    card.write(tmp_path)
     monkeypatch.chdir(tmp_path)
     (lines,) = python_of((tmp_path / card.CARD).read_text())
     given = images(2, spec.image_px)
@@ -131,8 +134,9 @@ def test_the_cards_lines_load_the_encoder(tmp_path, monkeypatch, spec):
 def test_card_tells_what_how_and_counts_but_no_places(tmp_path):
     model = saved(tmp_path, SPEC)
     model.base = Base("/home/mary/S-0412/released.safetensors", "apache-2.0", "")
-    encoders.save(tmp_path, model, SPEC, MADE)
-    card.write(tmp_path, {"slides": 5, "patches": 83}, {"loss": 1.23456, "RankMe": 40.0})
+    told = {"counts": {"slides": 5, "patches": 83}, "metrics": {"loss": 1.23456, "RankMe": 40.0}}
+    encoders.save(tmp_path, model, SPEC, {**MADE, **told})
+    card.write(tmp_path)
     text = (tmp_path / card.CARD).read_text()
     for line in (
         "# test_vit, dino",

@@ -11,6 +11,7 @@ from stages.common.memory import is_out_of_memory
     [
         "The following operation failed in the TorchScript interpreter.\nCUDA out of memory.",
         "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
     ],
 )
 def test_knows_memory_errors_that_have_no_type_of_their_own(text):

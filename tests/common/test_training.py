@@ -1,12 +1,13 @@
 """What params mean for a run: the optimizer, the rates, what is refused."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from stages.common import optimizer, preflight, training
-from tests.stages.runs import changed
+from tests.stages.runs import DINO, changed
 
 
 def test_gradients_are_clipped_tensor_by_tensor():
@@ -60,9 +61,20 @@ def test_names_the_weight_that_is_not_finite():
             training.check_weights(broken, 9)
 
 
+def test_a_divergence_names_checkpoints_only_where_there_are_some(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for files, told in ((0, ""), (1, f"; the checkpoints of this one stay in {tmp_path}")):
+        for at in range(files):
+            (tmp_path / f"step-{at:09d}.pt").touch()
+        with pytest.raises(ValueError, match="which begins a new run") as refused:
+            training.check_finite(math.nan, 1.0, scaler, 7, tmp_path)
+        assert str(refused.value).endswith(f"which begins a new run{told}")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"global_px": 8}, r"pretrain\.global_px is 8: it must be 13 or more"),
         ({"global_px": 25}, r"pretrain\.global_px is 25: it must be a multiple of token_px, 8"),
         ({"epochs": 0}, r"pretrain\.epochs is 0: it must be 1 or more"),
         ({"warmup_epochs": -1.0}, r"warmup_epochs is -1\.0: it must be 0 or more"),
@@ -81,3 +93,12 @@ def test_rejects_recomputing_batch_statistics():
     preflight.check_encoder(settings, torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="gradient_checkpointing is true: .* has batch norms"):
         preflight.check_encoder(settings, torch.nn.Sequential(torch.nn.BatchNorm2d(3)))
+
+
+def test_rejects_neighbours_where_a_pass_has_one_patch():
+    spread = dataclasses.replace(DINO, koleo_weight=0.1)
+    preflight.check_spread(changed(batch=6, accumulate=3), spread)
+    preflight.check_spread(changed(batch=6, accumulate=6), DINO)
+    message = r"pretrain\.dino\.koleo_weight is 0\.1: .*batch 6 over pretrain\.accumulate 6"
+    with pytest.raises(ValueError, match=message):
+        preflight.check_spread(changed(batch=6, accumulate=6), spread)

@@ -212,19 +212,18 @@ def test_trains_without_local_views():
 
 def test_monitor_tells_collapse_from_health():
     method = build()
-    same = torch.ones(2, BATCH, 13)
-    method._seen = same, torch.ones(2 * BATCH, 64)
+    method._seen.note(0.0, BATCH, torch.ones(2 * BATCH, 13), torch.ones(2 * BATCH, 64))
     collapsed = method.monitor(0.0)
     assert collapsed["embedding_std"] == pytest.approx(0, abs=1e-6)
     assert collapsed["teacher_entropy"] == pytest.approx(1)
-    one_each = 9 * F.one_hot(torch.arange(2 * 13) % 13, 13).float().reshape(2, 13, 13)
-    method._seen = one_each, torch.randn(4000, 64)
+    one_each = 9 * F.one_hot(torch.arange(2 * 13) % 13, 13)
+    method._seen.note(0.1, 13, one_each, torch.randn(4000, 64))
     healthy = method.monitor(0.0)
     assert healthy["embedding_std"] == pytest.approx(1, abs=0.02)
     assert healthy["teacher_entropy"] == pytest.approx(0, abs=1e-6)
     assert healthy["prototypes_entropy"] == pytest.approx(1)
-    one_for_all = 9 * F.one_hot(torch.full((2, 13), 4), 13).float()
-    method._seen = one_for_all, torch.randn(26, 64)
+    one_for_all = 9 * F.one_hot(torch.full((26,), 4), 13)
+    method._seen.note(0.2, 13, one_for_all, torch.randn(26, 64))
     assert method.monitor(0.0)["prototypes_entropy"] == pytest.approx(0, abs=1e-6)
 
 

@@ -45,7 +45,6 @@ def test_writes_two_encoders_a_picture_curves_and_metrics(source):
     metrics = json.loads((made / "metrics.json").read_text())
     assert (metrics["epochs"], metrics["steps"], metrics["views"]) == (3, STEPS, 18)
     assert [step for step, _ in curve(made, "loss")] == [2, 4, 6, 8, 9]
-    assert metrics["loss"] == pytest.approx(np.mean([y for x, y in curve(made, "loss") if x > 6]))
     # A row for each of 5 patches, a column for the patch and each of 3 views, 2 px between.
     assert cv2.imread(str(made / "views.png")).shape == (5 * (PX + 2), 4 * (PX + 2), 3)
 
@@ -155,7 +154,8 @@ def test_divergence_names_the_step_and_keeps_finite_checkpoints(source, monkeypa
         return clip(*arguments) * (math.nan if len(calls) == 6 else 1)
 
     monkeypatch.setattr(optimizer, "clip_each", infinite_in_step_5)
-    with pytest.raises(ValueError, match=r"norm of its gradient nan at step 5: .* lower pretrain"):
+    message = r"nan at step 5: .* lower pretrain.* begins a new run; the checkpoints .* stay in "
+    with pytest.raises(ValueError, match=message):
         train(source)
     [first, last] = checkpoints()
     assert [first.name, last.name] == ["step-000000002.pt", "step-000000004.pt"]
