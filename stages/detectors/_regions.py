@@ -1,5 +1,6 @@
 """Regions of a patch that may be nuclei: cut out, measured, and the best of overlapping ones."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import combinations
 
@@ -42,25 +43,29 @@ def disk(radius_px: float) -> UInt8[np.ndarray, "side side"]:
 
 
 def cut(
-    spots: Image, share: float, um: float, min_contrast: float, min_radius_um: float
-) -> tuple[Labels, int]:
+    spots: Image, shares: Sequence[float], um: float, min_contrast: float, min_radius_um: float
+) -> list[tuple[Labels, int]]:
     """Where nuclei may be: above the least contrast and a share of the height nearby.
 
     Args:
         spots: Density that rises above the background.
-        share: Of the highest density within REACH_UM.
+        shares: Of the highest density within REACH_UM.
         um: Microns per pixel.
         min_contrast: Density.
         min_radius_um: Of a nucleus.
 
     Returns:
-        Regions that touch are numbered apart, from 1; and how many there are.
+        Of each share: regions, numbered from 1, those that touch apart; and how many there are.
     """
     smooth = cv2.GaussianBlur(spots, (0, 0), 0.6 / um)
-    nearby = share * cv2.dilate(smooth, disk(REACH_UM / um))
-    dense = (spots > np.maximum(nearby, min_contrast)).astype(np.uint8)
-    opened = cv2.morphologyEx(dense, cv2.MORPH_OPEN, disk(OPEN_SHARE * min_radius_um / um))
-    return _split(opened, min_radius_um / um, max(0.8, 0.5 / um))
+    nearby = cv2.dilate(smooth, disk(REACH_UM / um))
+    opening = disk(OPEN_SHARE * min_radius_um / um)
+    cuts = []
+    for share in shares:
+        dense = (spots > np.maximum(share * nearby, min_contrast)).astype(np.uint8)
+        opened = cv2.morphologyEx(dense, cv2.MORPH_OPEN, opening)
+        cuts.append(_split(opened, min_radius_um / um, max(0.8, 0.5 / um)))
+    return cuts
 
 
 def _split(
@@ -82,8 +87,9 @@ def _split(
 
 def measure(labels: Labels, count: int, density: Colour, um: float) -> Regions:
     """The measures of the regions 1 to `count`; density above glass, `um`: microns per pixel."""
-    y, x = np.nonzero(labels)
-    region = labels[y, x]
+    at = np.flatnonzero(labels)
+    y, x = np.divmod(at, labels.shape[1])
+    region = labels.ravel()[at]
     area = np.maximum(np.bincount(region, minlength=count + 1)[1:], 1)
 
     def mean(values: np.ndarray) -> np.ndarray:
@@ -96,7 +102,7 @@ def measure(labels: Labels, count: int, density: Colour, um: float) -> Regions:
     half_gap = np.hypot((xx - yy) / 2, xy)
     variance = np.stack([(xx + yy) / 2 + half_gap, (xx + yy) / 2 - half_gap], axis=1)
     axes = 2 * np.sqrt(np.maximum(variance, 1 / 12))
-    inside = np.stack([mean(one) for one in _channels(density[y, x])], axis=1)
+    inside = np.stack([mean(one) for one in _channels(density.reshape(-1, 3)[at])], axis=1)
     ring, spread = _surround(labels, count, density, um)
     return Regions(
         centre=centre + 0.5,
@@ -118,10 +124,10 @@ def _surround(
     shape = labels.astype(np.float32)  # dilate knows no int32; exact up to 2**24 regions
     taken = cv2.dilate(shape, disk(GAP_UM / um))
     wide = cv2.dilate(shape, disk((GAP_UM + RING_UM) / um))
-    y, x = np.nonzero((taken == 0) & (wide > 0))
-    region = wide[y, x].astype(np.int64)
+    at = np.flatnonzero((taken == 0) & (wide > 0))
+    region = wide.ravel()[at].astype(np.int64)
     area = np.maximum(np.bincount(region, minlength=count + 1)[1:], 1)
-    around = density[y, x]
+    around = density.reshape(-1, 3)[at]
 
     def mean(values: np.ndarray) -> np.ndarray:
         return np.bincount(region, values, minlength=count + 1)[1:] / area
@@ -156,19 +162,20 @@ def best(
         The regions kept, numbered one higher than their rows, and the rows.
     """
     wanted = np.concatenate([[False], worth > 0])
-    rows, begin = [], 0
+    numbers = np.where(wanted, np.arange(len(wanted)), 0).astype(np.int32)
+    rows, begin = [], 1
     for labels, count in cuts:
-        row = np.where(labels, labels + begin, 0)
-        rows.append(np.where(wanted[row], row, 0))
+        rows.append(np.concatenate([numbers[:1], numbers[begin : begin + count]])[labels])
         begin += count
     rivals: list[list[int]] = [[] for _ in wanted]
     for first, second in combinations(rows, 2):
-        both = (first > 0) & (second > 0)
-        for a, b in set(zip(first[both].tolist(), second[both].tolist(), strict=True)):
+        both = np.flatnonzero((first > 0) & (second > 0))
+        pairs = first.ravel()[both] * np.int64(len(wanted)) + second.ravel()[both]
+        for a, b in zip(*np.divmod(np.unique(pairs), len(wanted)), strict=True):
             rivals[a].append(b)
             rivals[b].append(a)
     for row in np.argsort(-worth, kind="stable") + 1:
         if wanted[row]:
             wanted[rivals[row]] = False
-    labels = np.max([np.where(wanted[one], one, 0) for one in rows], axis=0)
-    return labels.astype(np.int32), np.flatnonzero(wanted[1:])
+    kept = np.where(wanted, numbers, 0)
+    return np.max([kept[one] for one in rows], axis=0), np.flatnonzero(wanted[1:])

@@ -131,8 +131,7 @@ def _detect(patch: UInt8[np.ndarray, "height width 3"], mpp: float, params: Para
     density = _density(cv2.resize(patch, size, interpolation=cv2.INTER_AREA), um)
     stain = _stain(density, params.channel)
     spots = _top_hat(stain, 1.1 * params.max_radius_um / um)
-    least = params.min_contrast, params.min_radius_um
-    cuts = [cut(spots, share, um, *least) for share in SHARES]
+    cuts = cut(spots, SHARES, um, params.min_contrast, params.min_radius_um)
     found = join([measure(labels, count, density, um) for labels, count in cuts])
     inner = np.repeat([False, True], [count for _, count in cuts])
     candidate = _has_shape(found, params) & (_is_blue(found, params) | _is_gray(density))
