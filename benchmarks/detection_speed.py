@@ -44,9 +44,9 @@ def _cellvit_256(file: Path) -> None:
 
 def _cellpose_sam(file: Path) -> None:
     import torch
-    from cellpose import vit_sam
+    from cellpose.models import CPSAM
 
-    torch.save(vit_sam.Transformer(dtype=torch.float32).state_dict(), file)
+    torch.save(CPSAM().state_dict(), file)
 
 
 RANDOM = {"cellvit": _cellvit_256, "cellpose": _cellpose_sam}
