@@ -1,4 +1,4 @@
-"""Flags on slides whose mpp is wrong: radius and count together, and what a detector really finds."""
+"""Flags at a wrong mpp: radius and count together, and what a detector really finds."""
 
 from dataclasses import replace
 
