@@ -1,33 +1,32 @@
-"""How well and how fast the detectors find annotated nuclei: `python -m benchmarks.detection`.
+"""How well the detectors find annotated nuclei: `python -m benchmarks.detection`.
 
 Every detector that can run, on every set: `--detector NAME` and `--set NAME` run one, `--images N`
-the first N of each set. The last column is the pooled F1 when fields are searched as the detect
-stage sees slides, in patches of tile.patch_px at tile.mpp, or at the field's own mpp where that is
-coarser; "-" where no field holds a patch.
+the first N of each set. The radius of a match is given in microns, it differs from set to set. The
+last column is the pooled F1 when fields are searched as the detect stage sees slides, in patches of
+tile.patch_px at tile.mpp, or at the field's own mpp where that is coarser; "-" where no field holds
+a patch. How fast detectors are: `python -m benchmarks.detection_speed`.
 
 Real images are looked for beside the repository, in ../shared/data; sets that are absent are left
 out. None of them states its mpp. Those below are estimates: lbc_nuclei from nuclei of intermediate
 cells (radius 4.4 px for 3.5 um), the blood films from red cells (7.5 um wide). Of lbc_nuclei the
 files at even places of the sorted list, of bccd every sixth, served to choose the params of
 hematoxylin; the other detectors were chosen on none. What chula_rbc12 shows are red cells, which
-have no nuclei: what counts is the false alarms, few white cells among them.
+have no nuclei: what counts is the false alarms, few white cells among them. Of sipakmed, crops of
+one cell each, recall is told alone, see `benchmarks.detection_crops`.
 """
 
 import argparse
 import logging
-import os
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
+from benchmarks import detection_crops
 from benchmarks.detection_search import Field, score, score_tiled
 from stages.common import annotations, params, plugins, run
 from stages.common.slides import Slide
@@ -40,7 +39,6 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LBC_MPP, BCCD_MPP, CHULA_MPP = 0.8, 0.072, 0.2
 LBC_RADIUS_PX, BCCD_RADIUS_PX = 8.0, 80.0  # a match is within it; 80 px are 40 % of a white cell
 SYNTHETIC_MPP, SYNTHETIC_PX, SYNTHETIC_RADIUS_UM = 0.5, 128, 4.0
-SPEED_PX, SPEED_S = 512, 8.0
 WEIGHTS = {  # where params.yaml names no file
     "instanseg": SHARED / "weights" / "instanseg_brightfield_nuclei" / "instanseg.pt",
     "cellpose": SHARED / "weights" / "cellpose_cyto_scellseg_torch",
@@ -140,41 +138,10 @@ def build(name: str) -> Detector:
     return plugin.build(own)
 
 
-def patches_per_second(name: str, mpp: float) -> float:
-    """Patches of 512 px of a drawn slide per second, one process."""
-    cv2.setNumThreads(1)
-    settings = params.load(synthetic.Params, "cohort.synthetic")
-    image, _ = synthetic.draw(True, np.random.default_rng(7), settings)
-    starts = [range(0, side - SPEED_PX + 1, SPEED_PX) for side in image.shape[:2]]
-    patches = [
-        image[top : top + SPEED_PX, left : left + SPEED_PX]
-        for top in starts[0]
-        for left in starts[1]
-    ]
-    detector = build(name)
-    detector(patches[0][None], mpp)
-    done, begun = 0, time.perf_counter()
-    while (spent := time.perf_counter() - begun) < SPEED_S:
-        at = done % (len(patches) - 1)
-        detector(np.stack(patches[at : at + 2]), mpp)
-        done += 2
-    return done / spent
-
-
-def _speed(name: str, device: str) -> None:
-    """As the stage runs: a process a core with one thread each, or one for the one device."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    count = len(os.sched_getaffinity(0)) if device == "cpu" else 1
-    for mpp in (0.25, 0.5):
-        with ProcessPoolExecutor(count, get_context("spawn")) as pool:
-            rates = list(pool.map(patches_per_second, [name] * count, [mpp] * count))
-        row = "%s: %.1f patches/s of %d px at %g mpp, %s, %d processes of one thread"
-        logger.info(row, name, sum(rates), SPEED_PX, mpp, device, count)
-
-
 def _row(
     detector: str,
     name: str,
+    radius_um: float,
     counts: list[_score.Counts],
     tiled: list[_score.Counts],
     area_mm2: list[float],
@@ -183,9 +150,10 @@ def _row(
     total = sum(counts, _score.Counts(0, 0, 0))
     ranged = "{value:.3f} ({low:.3f}-{high:.3f})".format
     logger.info(
-        "| %s | %s | %d | %d | %.3f | %.3f | %s | %s | %.1f | %s |",
+        "| %s | %s | %.3g | %d | %d | %.3f | %.3f | %s | %s | %.1f | %s |",
         detector,
         name,
+        radius_um,
         len(counts),
         total.annotated,
         total.precision,
@@ -204,20 +172,21 @@ def _score_sets(name: str, detector: Detector, chosen: dict[str, Set], limit: in
         counts, tiled = (
             way(detector, iter(fields), one.mpp, one.radius_px) for way in (score, score_tiled)
         )
-        _row(name, title, counts, tiled, area_mm2)
+        _row(name, title, one.radius_px * one.mpp, counts, tiled, area_mm2)
 
 
 def main() -> None:
-    """Score and time what was asked for."""
+    """Score what was asked for."""
     cv2.setNumThreads(1)
-    known = sets()
+    known, crops = sets(), detection_crops.sets(SHARED)
+    names = sorted([*known, *crops])
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detection")
     parser.add_argument("--detector", choices=plugins.names("detectors"), help="default: every one")
-    parser.add_argument("--set", choices=sorted(known), help="default: every one, and the speed")
+    parser.add_argument("--set", choices=names, help="default: every one")
     parser.add_argument("--images", type=int, metavar="N", help="the first N of each set")
     asked = parser.parse_args()
-    chosen = {asked.set: known[asked.set]} if asked.set else known
-    titles = "detector set images nuclei P R F1 macro-F1 false/mm2 tiled-F1"
+    wanted = [asked.set] if asked.set else names
+    titles = "detector set match-um images nuclei P R F1 macro-F1 false/mm2 tiled-F1"
     logger.info("| %s |", titles.replace(" ", " | "))
     for name in [asked.detector] if asked.detector else plugins.names("detectors"):
         try:
@@ -226,9 +195,11 @@ def main() -> None:
             logger.info("%s is left out: %s", name, error)
             continue
         logger.info("%s: %s", name, detector.version)
-        _score_sets(name, detector, chosen, asked.images)
-        if not asked.set:
-            _speed(name, detector.device)
+        _score_sets(
+            name, detector, {key: known[key] for key in known if key in wanted}, asked.images
+        )
+        for title in [key for key in crops if key in wanted]:
+            detection_crops.report(name, detector, title, crops[title][: asked.images])
 
 
 if __name__ == "__main__":

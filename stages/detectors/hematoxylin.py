@@ -1,14 +1,19 @@
 """Nuclei as compact spots of high optical density: classical, without weights.
 
 Optical density turns light into something that adds up: what the lamp, the glass and cytoplasm
-contribute is taken away by the patch's own glass level and a top-hat. What remains is cut out at a
-low threshold, touching nuclei are cut apart at the watershed of their distance transform, and each
-region is judged by itself: how far it stands out from its own surround, how round, full and blue it
-is, and how dark beside what stands out most clearly in the patch. A few dark nuclei therefore do
-not hide pale ones. What lies in one cell with stain in between is united: lobes of one nucleus.
+contribute is taken away by the patch's own glass level and a top-hat. What remains is cut out at
+two thresholds, of which the higher finds nuclei in cells almost as dark as they are, touching
+nuclei are cut apart at the watershed of their distance transform, and each region is judged by
+itself: how far it stands out from its own surround, how round, full and blue it is, and how dark
+beside what stands out most clearly in the patch. A few dark nuclei therefore do not hide pale ones.
+Of regions that overlap the best is kept, as in Arteta et al., Learning to Detect Cells Using
+Non-overlapping Extremal Regions, MICCAI 2012, but judged without learning. What lies in one cell
+with stain in between is united: lobes of one nucleus.
 
 Papanicolaou, Giemsa and haematoxylin make nuclei absorb red and green alike; eosin and haemoglobin
-leave red through, so that the lesser of both densities shows nuclei and little else. Out of reach:
+leave red through, so that the lesser of both densities shows nuclei and little else. Within a cell
+that is stained all around, little blueness is asked: pyknotic nuclei of eosinophilic cells have
+little, and red cells lie on glass. Out of reach: patches without light, in which nothing is found;
 stains that leave red or green through (Feulgen, DAB), as their nuclei look like red cells, until
 `min_blueness` is lowered, where there are no red cells; red cells of gray patches, where there is
 no colour to tell them by; and haze or stain so pale that nuclei are fainter than `min_contrast`.
@@ -20,27 +25,24 @@ from typing import Literal
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, UInt8
+from jaxtyping import Bool, Float64, UInt8
 from skimage.color import hed_from_rgb
-from skimage.feature import peak_local_max
-from skimage.segmentation import watershed
 
 from stages.detectors import Detection, _identity
 from stages.detectors._lobes import detection, unite
 from stages.detectors._patches import check
-from stages.detectors._regions import Colour, Labels, Regions, disk, measure
+from stages.detectors._regions import Colour, Image, Regions, best, cut, disk, join, measure
 
-VERSION = 3  # raise it when the same input gives other nuclei
+VERSION = 4  # raise it when the same input gives other nuclei
 LIBRARIES = ("opencv-python-headless", "scikit-image", "scipy")
 WORK_MPP = 0.5  # finer patches are shrunk to this: nuclei are 7 px wide and more there
 MOST_RADIUS_UM = 50.0  # wider disks cost too much, and no nucleus needs them
+LIT = 32  # gray values up to here, of the brightest in red and green, are no light: noise
 DARKEST = 2  # gray values below it are noise, their density is not told apart
 BLUR_UM = 0.4  # sigma, before anything else
 GLASS = 2  # percentile of the patch's density that is taken for glass
-OPEN_SHARE = 0.4  # of the smallest radius: thinner bridges and hairs are cut
-HALF = 0.5  # a nucleus ends where its density falls to this share of the highest within REACH_UM
-REACH_UM = 4.0
-CLOSEST = 1.8  # smallest radii between the centres of two nuclei, at least
+SHARES = 0.5, 0.7  # a nucleus ends where its density falls to such a share of the highest nearby
+PREFER = 0.9  # worth of a region of the higher share, beside the one that it lies in
 LEAST_ROUND = 0.35  # short over long axis of the ellipse with the same moments
 LEAST_FULL = 0.65  # area over that ellipse's
 NOISE, NOISE_SHARE = 0.01, 0.03  # no surround is taken to be more even than this density, nor
@@ -49,10 +51,8 @@ GRAY = 0.1  # channels that differ by less than this share of the patch's highes
 STANDS_OUT = 2.2  # contrast over the spread of the surround, of a nucleus of quality 1
 SURE = 2.6  # contrast over spread, times shape, of those that tell how dark the patch's nuclei are
 BLUE = 0.5  # weight of the contrast that blue lacks
-IN_CELL, IN_CELL_SHARE = 0.35, 0.8  # what has so much of its contrast around it lies in a cell, not
-# on glass as red cells do: min_blueness is lowered to that share for it
-
-Image = Float32[np.ndarray, "height width"]
+IN_CELL, IN_DARK_CELL = (0.35, 0.8), (0.8, 0.4)  # what has so much of its contrast all around it
+# lies in a cell, not on glass as red cells do: min_blueness is lowered to the second share for it
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,9 @@ def build(params: Params) -> _Hematoxylin:
 
 
 def _detect(patch: UInt8[np.ndarray, "height width 3"], mpp: float, params: Params) -> Detection:
+    if not _is_lit(patch):
+        none = np.zeros(0, np.float32)
+        return Detection(np.zeros((0, 2), np.float32), none, none, [])
     height, width = patch.shape[:2]
     factor = min(1.0, mpp / WORK_MPP)
     size = max(1, round(width * factor)), max(1, round(height * factor))
@@ -128,13 +131,20 @@ def _detect(patch: UInt8[np.ndarray, "height width 3"], mpp: float, params: Para
     density = _density(cv2.resize(patch, size, interpolation=cv2.INTER_AREA), um)
     stain = _stain(density, params.channel)
     spots = _top_hat(stain, 1.1 * params.max_radius_um / um)
-    labels, count = _split(_segment(spots, um, params), um, params)
-    found = measure(labels, count, density, um)
+    cuts = cut(spots, SHARES, um, params.min_contrast, params.min_radius_um)
+    found = join([measure(labels, count, density, um) for labels, count in cuts])
+    inner = np.repeat([False, True], [count for _, count in cuts])
     candidate = _has_shape(found, params) & (_is_blue(found, params) | _is_gray(density))
     quality = _quality(found, candidate, max(NOISE, NOISE_SHARE * np.percentile(spots[::2], 99.5)))
-    kept = np.flatnonzero(quality >= params.strictness)
+    wanted = (quality >= params.strictness) & (~inner | _in_cell(found, IN_DARK_CELL[0]))
+    labels, kept = best(cuts, np.where(inner, PREFER, 1.0) * quality * wanted)
     nuclei = unite(found, kept, quality, stain, params.merge_um / um, params.max_radius_um)
     return detection(nuclei, labels, scale)
+
+
+def _is_lit(patch: UInt8[np.ndarray, "height width 3"]) -> bool:
+    """Whether light came through in red or green; else densities are those of noise."""
+    return bool(np.percentile(patch[::4, ::4, :2], 98) > LIT)
 
 
 def _density(image: UInt8[np.ndarray, "height width 3"], um: float) -> Colour:
@@ -170,44 +180,21 @@ def _top_hat(stain: Image, radius_px: float) -> Image:
     return np.maximum(stain - cv2.resize(opened, (width, height)), 0)
 
 
-def _segment(spots: Image, um: float, params: Params) -> UInt8[np.ndarray, "height width"]:
-    """Where nuclei may be: above the least contrast, and above half of the height nearby."""
-    smooth = cv2.GaussianBlur(spots, (0, 0), 0.6 / um)
-    nearby = HALF * cv2.dilate(smooth, disk(REACH_UM / um))
-    dense = (spots > np.maximum(nearby, params.min_contrast)).astype(np.uint8)
-    return cv2.morphologyEx(dense, cv2.MORPH_OPEN, disk(OPEN_SHARE * params.min_radius_um / um))
-
-
-def _split(
-    mask: UInt8[np.ndarray, "height width"], um: float, params: Params
-) -> tuple[Labels, int]:
-    """Cut touching nuclei apart, one region around each maximum of the distance to the edge."""
-    distance = cv2.GaussianBlur(
-        cv2.distanceTransform(mask, cv2.DIST_L2, 5), (0, 0), max(0.8, 0.5 / um)
-    )
-    peaks = peak_local_max(
-        distance,
-        min_distance=max(1, round(CLOSEST * params.min_radius_um / um)),
-        threshold_abs=0.5 * params.min_radius_um / um,
-        exclude_border=False,
-        p_norm=2,  # else the reach is 1.4 times as far along diagonals
-    )
-    markers = np.zeros(mask.shape, np.int32)
-    markers[tuple(peaks.T)] = np.arange(1, len(peaks) + 1)
-    return watershed(-distance, markers, mask=mask > 0), len(peaks)
-
-
 def _is_gray(density: Colour) -> bool:
     """Whether the patch has no colour to judge by."""
     few = density[::4, ::4]
     return bool(np.percentile(np.ptp(few, axis=2), 99) < GRAY * np.percentile(few, 99))
 
 
+def _in_cell(found: Regions, share: float) -> Bool[np.ndarray, " region"]:
+    """Whether stain surrounds the region, of this share of its contrast all around."""
+    return found.cell > share * found.contrast
+
+
 def _is_blue(found: Regions, params: Params) -> Bool[np.ndarray, " region"]:
-    blueness = params.min_blueness * np.where(
-        found.ring > IN_CELL * found.contrast, IN_CELL_SHARE, 1.0
-    )
-    return found.above_ring[:, 0] >= blueness * found.above_ring[:, 2]
+    within = [_in_cell(found, IN_DARK_CELL[0]), _in_cell(found, IN_CELL[0])]
+    share = np.select(within, [IN_DARK_CELL[1], IN_CELL[1]], 1.0)
+    return found.above_ring[:, 0] >= share * params.min_blueness * found.above_ring[:, 2]
 
 
 def _has_shape(found: Regions, params: Params) -> Bool[np.ndarray, " region"]:
