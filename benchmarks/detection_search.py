@@ -33,7 +33,7 @@ def score_tiled(
 ) -> list[_score.Counts]:
     """The outcome of each field that holds a patch, searched as the detect stage sees slides."""
     tile = params.section_of("tile")
-    tiling = _tiles.Tiling(max(mpp, tile["mpp"]), tile["patch_px"])
+    tiling = _tiles.Tiling(max(mpp, tile["mpp"]), tile["patch_px"], tile["codec"])
     run, counts = _batches.of(detector, BATCH), []
     for image, points in fields:
         extent = image.shape[1::-1]

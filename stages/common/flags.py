@@ -15,7 +15,7 @@ deviations; the factors, ranges and shares are ours. Seen with the detector hema
 limits on the radius squeeze the median (at an mpp wrong by 0.5, 0.67, 1.5 or 2 it is 0.7, 0.7, 1.4
 or 1.8 times the right one): of 17 liquid-based Papanicolaou fields at a right mpp none is flagged,
 their medians are 2.7 to 4.0 µm. Nine of them as one slide are flagged at each of the four factors;
-of single fields (20 to 60 nuclei) all of 9 at 2, 8 at 0.67, 6 at 0.5 and 4 at 1.5, some by their
+of single fields (2 to 63 nuclei) all of 9 at 2, 8 at 0.67, 6 at 0.5 and 4 at 1.5, some by their
 count alone. A drawn slide is flagged at the four factors and at 1.25, not at 0.8. Of a whole cohort
 a factor of 2 is seen, hardly one of 1.4: nuclei differ that much from stain to stain.
 """
