@@ -126,7 +126,7 @@ def _method(spec: EncoderSpec, settings: PretrainParams, of_method: Any, group: 
     if settings.compile:
         for module in method.modules():
             if isinstance(module, type(encoder)):  # the teacher's, too
-                module.compile()
+                module.compile(dynamic=False)  # each resolution by itself: few, and none changes
     return method
 
 

@@ -75,6 +75,11 @@ def check_batch(settings: PretrainParams, views: int, devices: int) -> None:
     Raises:
         ValueError: see above.
     """
+    if not views:
+        raise ValueError(
+            "the perturb stage made no views of the slides that train: add slides or patches "
+            "(tile), or choose other pretrain.splits"
+        )
     if views < settings.batch:
         raise ValueError(
             f"params.yaml: pretrain.batch is {settings.batch}: the perturb stage made {views} "

@@ -40,7 +40,7 @@ class Method(Protocol):
         ...
 
     def monitor(self, progress: float) -> dict[str, float]:
-        """Numbers that show the health of training, of the last forward."""
+        """Numbers that show the health of training, of the last step; every rank asks at once."""
         ...
 
 

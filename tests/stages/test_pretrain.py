@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -211,6 +212,13 @@ def test_data_set_numbers_patches_by_slide(source):
 def test_rejects_a_batch_larger_than_the_data(source):
     with pytest.raises(ValueError, match=r"batch is 19: .* made 18 views"):
         train(source, changed(batch=19))
+
+
+def test_says_that_there_are_no_views(source):
+    for name in ("a", "c"):
+        shutil.rmtree(source / name)
+    with pytest.raises(ValueError, match="made no views of the slides that train: add slides or"):
+        train(source)
 
 
 def test_rejects_views_that_tokens_do_not_fill(source):

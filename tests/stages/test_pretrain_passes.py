@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from stages import pretrain
-from stages.common import checkpoint, encoders, optimizer
+from stages.common import checkpoint, encoders, optimizer, params
 from stages.methods.dino import DINO as Method
 from tests.stages import runs
 from tests.stages.runs import (
@@ -211,11 +211,22 @@ def test_checkpoint_put_in_from_another_run_is_refused(source):
         train(source, changed(learning_rate=0.02))
 
 
-def test_encoder_can_be_compiled(source, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self)))
-    train(source, changed(compile=True))
-    assert [kind.__name__ for kind in compiled] == ["VisionTransformer"] * 2  # student, teacher
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # dynamo says what it leaves uncompiled
+def test_student_and_teacher_are_compiled_at_both_resolutions(source, monkeypatch):
+    compiled, original = [], torch.nn.Module.compile
+
+    def traced(self, **named):  # as inductor would take it, without minutes of its C++
+        compiled.append(type(self).__name__)
+        original(self, backend="aot_eager", **named)
+
+    settings = changed(batch=9, drop_path=0.0, epochs=6, learning_rate=0.05)
+    top = params.Top(TOP.seed, 0, "k")  # with tables, lengths that vary cannot be compiled
+    plain = train(source, settings, top=top, target="plain")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    made = train(source, dataclasses.replace(settings, compile=True), top=top)
+    assert_close(made, plain)
+    assert compiled == ["VisionTransformer"] * 2
 
 
 @pytest.mark.parametrize(

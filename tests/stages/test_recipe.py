@@ -1,6 +1,7 @@
 """Recipes: views without pixels, from which pretraining makes the bits that pixels would have."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from stages import perturb
 from stages.common import cache, stores, viewset
 from stages.common.viewset import ViewSet
+from tests.stages.runs import train, weights
 from tests.stages.test_perturb import NUCLEI, PX, SETTINGS, a_job, a_slide, data  # noqa: F401
 
 CPU = torch.device("cpu")
@@ -43,6 +45,21 @@ def test_a_recipe_makes_the_same_bits_as_stored_pixels(slides):
     assert torch.equal(stored.pixels(one, CPU), recipe.pixels(other, CPU))
     assert not torch.equal(one.patches, other.patches)  # those are not shuffled yet
     assert torch.equal(one.points.nan_to_num(-1), other.points.nan_to_num(-1))
+
+
+def test_a_run_from_recipes_sees_the_first_views_and_ends_with_the_weights_of_one_from_pixels(
+    slides,
+):
+    made = {}
+    for settings in (SETTINGS, RECIPE):
+        perturbed(slides, settings, "perturb")
+        made[settings.store] = train(slides / "perturb", target=f"from_{settings.store}")
+        shutil.rmtree(slides / "perturb")
+    assert weights(made["pixels"]) == weights(made["recipe"])
+    assert weights(made["pixels"]) != weights(made["pixels"], "untrained")
+    first, second = ((folder / "views.png").read_bytes() for folder in made.values())
+    assert first == second
+    assert len(list((cache.root() / "pretrain").glob("*/*"))) == 2  # neither took the other's
 
 
 def test_bits_do_not_depend_on_the_batch(slides):
