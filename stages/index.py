@@ -117,9 +117,8 @@ def _identified(key: str, name: str, known: dict[str, str]) -> dict[str, str]:
     if known.get("name") == name:
         logger.info("index: no %s here, its digest is kept", name)
         return known
-    raise FileNotFoundError(
-        f"{key} is {name}, and there is no such file: mend the path, or set it to one of none, timm"
-    )
+    other = ", or set it to none or timm" if key.endswith("weights") else ""
+    raise FileNotFoundError(f"{key} is {name}, and there is no such file: mend the path{other}")
 
 
 def _written(file: Path) -> dict[str, Any]:
