@@ -31,7 +31,7 @@ TINY = {
     "evaluate.abmil.training.epochs": 3,
 }
 PER_SLIDE = ("tile", "detect", "perturb")
-AFTER_PRETRAIN = {"embed", "evaluate", "compare", "report"}
+AFTER_PRETRAIN = {"embed", "split", "evaluate", "compare", "report"}
 
 
 def copy_tree(folder: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_slide_that_fails_is_quarantined_and_all_stages_go_on_without_it(chain
     slides = repository.folder / "slides"
     with (repository.folder / "data/cohort/cohort.csv").open() as opened:
         drawn = list(csv.DictReader(opened))
-    slides.mkdir()
+    slides.mkdir(exist_ok=True)
     lines = ["slide,slide_id,label,patient,split,mpp"]
     for row in drawn:
         name, rest = f"{row['slide_id']}.tiff", ("label", "patient", "split", "mpp")
