@@ -53,7 +53,7 @@ def main(target: Path = Path("data/cohort")) -> None:
     classes = _classes(rows, chosen.positive)
     rows, failed = intake.look(rows)
     if params.load(failures.FailureParams).on_error == "stop":
-        _raise([why for _, why in sorted(failed.items())])
+        _raise([f"{slide_id}: {why}" for slide_id, why in sorted(failed.items())])
     elif failed:
         _tell(failed)
         classes = _classes(rows, chosen.positive)

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 import re
 import shutil
 from collections import Counter
@@ -12,21 +13,50 @@ from PIL import Image
 
 from stages import cohort as stage
 from stages import index
-from stages.common import cohort, failures, slides
+from stages.common import cohort, failures, intake
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> Path:
+    """A repository whose twelve slides were opened before, so that tests need no worker."""
+    home = tmp_path_factory.mktemp("known")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(home, patch)
+        for number in range(12):
+            pixels = np.full((40, 50, 3), number * 20, np.uint8)
+            Image.fromarray(pixels).save(f"slides/inner/s{number:02d}.png")
+        stage.main()
+    return home
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """A repository with a folder of twelve small images of twelve patients."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
+def place(known, tmp_path, monkeypatch):
+    """A repository with a folder of twelve small images of twelve patients; never written to."""
+    enter(tmp_path, monkeypatch)
+    for file in (known / "slides/inner").iterdir():
+        os.link(file, Path("slides/inner") / file.name)
+    shutil.copytree(known / "cache", "cache")
+
+
+def enter(home: Path, monkeypatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("CYTOSSL_CACHE", str(home / "cache"))
     monkeypatch.delenv("DVC_ROOT", raising=False)
     Path("slides/inner").mkdir(parents=True)
-    for number in range(12):
-        pixels = np.full((40, 50, 3), number * 20, np.uint8)
-        Image.fromarray(pixels).save(f"slides/inner/s{number:02d}.png")
     write_params()
     write_labels(rows())
+
+
+def replace(name: str, content: bytes) -> None:
+    """Another file in the place of a slide."""
+    file = Path("slides/inner") / name
+    file.unlink()
+    file.write_bytes(content)
+
+
+def quarantine() -> None:
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump({**values, "on_error": "quarantine"}))
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +97,8 @@ def write_params(**changes: object) -> None:
         "folder": {"slides": "slides", "labels": "slides/labels.csv"},
         **changes,
     }
-    values = {"seed": 1, "sparse_topk": 0, "irpe": "none", "cohort": section}
+    engine = {"workers": 1, "scheduler": "tcp://no.use:1"}  # slides are opened on this machine
+    values = {"seed": 1, "sparse_topk": 0, "irpe": "none", "cohort": section, "engine": engine}
     Path("params.yaml").write_text(yaml.safe_dump(values))
 
 
@@ -81,22 +112,40 @@ def test_lists_the_slides_with_digest_and_mpp():
 
 
 def test_slides_that_did_not_change_are_not_opened_again_and_a_damaged_one_is(monkeypatch):
-    stage.main()
-    opened = []
-    first = slides.Slide
+    asked, first = [], intake.dispatch.each
 
-    def counted(path, mpp):
-        opened.append(path.name)
-        return first(path, mpp)
+    def counted(workers, build, tasks, retries):
+        asked.extend(tasks)
+        return first(workers, build, tasks, retries)
 
-    monkeypatch.setattr(slides, "Slide", counted)
+    monkeypatch.setattr(intake.dispatch, "each", counted)
     stage.main()
-    assert not opened
-    file = Path("slides/inner/s03.png")
-    file.write_bytes(file.read_bytes()[:60])
+    assert not asked
+    replace("s03.png", Path("slides/inner/s03.png").read_bytes()[:60])
     with pytest.raises(ValueError, match="slide s03.png is damaged"):
         stage.main()
-    assert opened == ["s03.png"]
+    assert [row.slide_id for task in asked for row in task] == ["s03"]
+
+
+def test_a_slide_that_crashes_its_reader_is_named_and_costs_no_other(tmp_path, monkeypatch):
+    """A plug-in's C library ends its process: as a segmentation fault would."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    Path("sitecustomize.py").write_text(
+        "import sys\n"
+        "def deadly(event, found):\n"
+        "    if event == 'open' and str(found[0]).endswith('s05.png'):\n"
+        "        import os, signal\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "sys.addaudithook(deadly)\n"
+    )
+    for name in ("s05.png", "s06.png"):
+        replace(name, Path(f"slides/inner/{name}").read_bytes())
+    with pytest.raises(ValueError, match="has 1 problem:\n  s05: its worker process died"):
+        stage.main()
+    quarantine()
+    stage.main()
+    assert list(failures.read(Path("data/cohort"))) == ["s05"]
+    assert "s06" in [row.slide_id for row in cohort.read_rows()]
 
 
 def test_the_positive_class_is_the_last():
@@ -207,8 +256,8 @@ def test_every_problem_is_told_at_once():
         stage.main()
     write_labels(rows())
     for name in ("s03", "s07"):
-        Path(f"slides/inner/{name}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="has 2 problems:\n  slide s03.*\n  slide s07"):
+        replace(f"{name}.png", b"")
+    with pytest.raises(ValueError, match="has 2 problems:\n  s03: slide s03.*\n  s07: slide s07"):
         stage.main()
 
 
@@ -229,19 +278,18 @@ def test_refuses_bad_params(changes, message):
 
 
 def test_refuses_the_same_content_under_two_names():
-    Path("slides/inner/s03.png").write_bytes(Path("slides/inner/s00.png").read_bytes())
+    replace("s03.png", Path("slides/inner/s00.png").read_bytes())
     with pytest.raises(ValueError, match=r"slides s00 \(.*\) and s03 \(.*\) have the same content"):
         stage.main()
 
 
 def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
     """Cut short, gone with its folder, and a copy under another name; their classes stay two."""
-    Path("slides/inner/s02.png").write_bytes(Path("slides/inner/s02.png").read_bytes()[:60])
-    shutil.copy("slides/inner/s04.png", "slides/inner/s06.png")
+    replace("s02.png", Path("slides/inner/s02.png").read_bytes()[:60])
+    replace("s06.png", Path("slides/inner/s04.png").read_bytes())
     with pytest.raises(ValueError, match=r"the cohort has 2 problems:(?s:.*)s02\.png is damaged"):
         stage.main()
-    values = yaml.safe_load(Path("params.yaml").read_text())
-    Path("params.yaml").write_text(yaml.safe_dump({**values, "on_error": "quarantine"}))
+    quarantine()
     stage.main()
     assert [row.slide_id for row in cohort.read_rows(Path("data/cohort"))] == [
         f"s{number:02d}" for number in range(12) if number not in (2, 6)
@@ -325,6 +373,7 @@ def test_the_index_sees_a_replaced_slide_and_is_empty_without_a_folder():
     before = Path("data/index/slides.csv").read_text()
     index.main()
     assert Path("data/index/slides.csv").read_text() == before
+    Path("slides/inner/s00.png").unlink()
     Image.new("RGB", (50, 40), "red").save("slides/inner/s00.png")
     index.main()
     assert Path("data/index/slides.csv").read_text() != before
