@@ -12,6 +12,7 @@ is always an error.
 """
 
 import logging
+import os
 import random
 import re
 import statistics
@@ -48,14 +49,17 @@ def main(target: Path = Path("data/cohort")) -> None:
     source = plugins.load("sources", chosen.source)
     settings = params.load(source.Params, f"cohort.{chosen.source}")
     target.mkdir(parents=True, exist_ok=True)
+    strict = params.load(failures.FailureParams).on_error == "stop"
     rows = sorted(source.build(settings, seed, target), key=lambda row: row.slide_id)
-    _check_table(rows)
+    absent = _absent(rows)
+    _check_table(rows, list(absent.values()) if strict else [])
     classes = _classes(rows, chosen.positive)
-    rows, failed = intake.look(rows)
-    if params.load(failures.FailureParams).on_error == "stop":
+    rows, failed = intake.look([row for row in rows if row.slide_id not in absent])
+    failed |= absent
+    if strict:
         _raise([f"{slide_id}: {why}" for slide_id, why in sorted(failed.items())])
     elif failed:
-        _tell(failed)
+        _leave_out(failed, len(rows))
         classes = _classes(rows, chosen.positive)
     odd = _odd_mpp(rows)
     rows = _split(rows, chosen, seed)
@@ -66,9 +70,19 @@ def main(target: Path = Path("data/cohort")) -> None:
     logger.info("cohort: %d slides of %d patients", len(rows), len({row.patient for row in rows}))
 
 
-def _check_table(rows: list[SlideRow]) -> None:
-    """Everything that is wrong with the rows as such."""
-    problems = [] if rows else ["there are no slides: add some to the source"]
+def _absent(rows: list[SlideRow]) -> dict[str, str]:
+    """What to say of slides that have no file, by id."""
+    return {
+        row.slide_id: f"slide {row.slide_id} has no file {row.path}: copy it there, or correct the "
+        "labels file"
+        for row in rows
+        if not os.path.exists(cohort.locate(row.path))
+    }
+
+
+def _check_table(rows: list[SlideRow], problems: list[str]) -> None:
+    """Everything that is wrong with the rows as such, and the `problems` that are known."""
+    problems = [*problems, *([] if rows else ["there are no slides: add some to the source"])]
     counts = Counter(row.slide_id.casefold() for row in rows)  # some file systems fold case
     for row in rows:
         name = row.slide_id
@@ -106,8 +120,13 @@ def _classes(rows: list[SlideRow], positive: str) -> list[str]:
     return sorted(labels, key=lambda label: (label == positive, label))
 
 
-def _tell(failed: dict[str, str]) -> None:
+def _leave_out(failed: dict[str, str], left: int) -> None:
     listed = "".join(f"\n  {slide_id}: {why}" for slide_id, why in sorted(failed.items()))
+    if not left:
+        raise ValueError(
+            f"all {len(failed)} slides of the cohort failed, and none is left to go on with: mend "
+            f"some:{listed}"
+        )
     logger.warning("cohort: %d slides quarantined:%s", len(failed), listed)
 
 

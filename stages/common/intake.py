@@ -5,6 +5,7 @@ process along; what is remembered of slides that did not change needs none.
 """
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -42,10 +43,14 @@ def look(rows: list[SlideRow]) -> tuple[list[SlideRow], dict[str, str]]:
     Returns:
         The rows of the slides that can be used, and by id what is wrong with the others: they
         cannot be read, or have the content of one before them.
+
+    Raises:
+        FileNotFoundError: slides vanished meanwhile; what was found out of the others is kept.
     """
     found = _recalled(rows)
     new = [row for row in rows if row.slide_id not in found]
     failed = _open_all(new) if new else {}
+    _check_there([row for row in new if row.slide_id in failed])
     found |= _recalled([row for row in new if row.slide_id not in failed])
     first: dict[str, SlideRow] = {}
     for name in (row.slide_id for row in rows if row.slide_id not in failed):
@@ -60,6 +65,16 @@ def look(rows: list[SlideRow]) -> tuple[list[SlideRow], dict[str, str]]:
                 "content: take one out, or it may be trained and tested on"
             )
     return list(first.values()), failed
+
+
+def _check_there(failed: list[SlideRow]) -> None:
+    """A slide that vanished is no bad slide: left out, it would never be looked at again."""
+    gone = [row.slide_id for row in failed if not os.path.exists(cohort.locate(row.path))]
+    if gone:
+        raise FileNotFoundError(
+            f"cohort: {len(gone)} slides vanished, {gone[0]} for one: run again when they are "
+            "back; what was found out is kept"
+        )
 
 
 def _recalled(rows: list[SlideRow]) -> dict[str, SlideRow]:

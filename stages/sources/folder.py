@@ -130,16 +130,14 @@ def _row(record: dict[str, str], folder: Path, named: Callable[[], Named]) -> Sl
 
 
 def _found(relative: PurePosixPath, folder: Path, named: Callable[[], Named]) -> Path:
-    """The file of a slide given by its path, or by its name alone."""
+    """The file of a slide given by its path, or by its name alone; one that may not be there."""
     if (folder / relative).exists():
         return entry_file(folder / relative)
     found = named().get(str(relative), [])
     if len(found) > 1:
         places = " and ".join(str(file.relative_to(folder)) for file in found[:2])
         raise ValueError(f"slide {relative} may be {places}: give its path within {folder}")
-    if not found:
-        raise FileNotFoundError(f"slide {relative} is not in {folder}: correct it or copy the file")
-    return entry_file(found[0])
+    return entry_file(found[0]) if found else folder / relative
 
 
 def _by_name(folder: Path) -> Named:

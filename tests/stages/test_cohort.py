@@ -199,7 +199,7 @@ def with_first(**changes: str) -> list[dict[str, str]]:
     ("table", "message"),
     [
         ([], "labels.csv names no slides"),
-        (with_first(slide="inner/none.png"), "line 2: slide inner/none.png is not in"),
+        (with_first(slide="inner/none.png"), "slide none has no file slides/inner/none.png: copy"),
         (with_first(slide="../secret.png"), "line 2: slide ../secret.png lies outside"),
         (with_first(slide="/etc/passwd"), "line 2: slide /etc/passwd lies outside"),
         (with_first(slide=""), "line 2: column slide is empty"),
@@ -250,7 +250,7 @@ def test_three_labels_are_three_classes_and_none_is_the_positive_one():
 
 def test_every_problem_is_told_at_once():
     table = rows()
-    table[0]["slide"], table[1]["label"] = "inner/none.png", ""
+    table[0]["slide"], table[1]["label"] = "../none.png", ""
     write_labels(table)
     with pytest.raises(ValueError, match="has 2 problems:\n  line 2: .*\n  line 3: "):
         stage.main()
@@ -300,6 +300,40 @@ def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
     assert (metrics["slides"], metrics["failed"]) == (10, 2)
 
 
+def test_quarantine_with_no_slide_left_says_why():
+    quarantine()
+    for number in range(12):
+        replace(f"s{number:02d}.png", b"")
+    with pytest.raises(ValueError, match="all 12 slides of the cohort failed(?s:.*)  s11: .*0 byt"):
+        stage.main()
+
+
+def test_a_slide_that_is_away_is_quarantined_and_taken_in_when_it_is_back(caplog):
+    away = Path("slides/inner/s03.png").rename("s03.png")
+    with pytest.raises(ValueError, match=r"1 problem:\n  slide s03 has no file slides/inner/s03"):
+        stage.main()
+    quarantine()
+    stage.main()
+    assert list(failures.read(Path("data/cohort"))) == ["s03"]
+    away.rename("slides/inner/s03.png")
+    stage.main()
+    assert failures.read(Path("data/cohort")) == {} and len(cohort.read_rows()) == 12
+
+
+def test_a_slide_that_vanishes_midway_is_no_bad_slide(monkeypatch):
+    quarantine()
+    replace("s03.png", Path("slides/inner/s03.png").read_bytes())
+    first = intake.dispatch.each
+
+    def late(*given):
+        Path("slides/inner/s03.png").unlink()
+        return first(*given)
+
+    monkeypatch.setattr(intake.dispatch, "each", late)
+    with pytest.raises(FileNotFoundError, match="1 slides vanished, s03 for one: run again"):
+        stage.main()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -307,7 +341,7 @@ def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
         (b"slide,label,label\na,b,c\n", "has the column label twice"),
         (b"slide,label\na,b,c\n", "line 2 has more fields than columns"),
         (b"slide,label\ninner/s\xe900.png,b\n", "labels.csv is not UTF-8 text"),
-        (b"slide,label\n\n\nnone.png,b\n", "line 4: slide none.png is not in"),
+        (b"slide,label\n\n\nnone.png,\n", "line 4: slide none.png has no label"),
         (b"slide,label\n" + b"a" * 200_000 + b",b\n", "labels.csv is no CSV"),
     ],
 )
