@@ -14,21 +14,17 @@ is always an error.
 import logging
 import os
 import random
-import re
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages.common import cohort, failures, intake, params, plugins, run
+from stages.common import cohort, failures, intake, params, plugins, run, slide_names
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
 
-SLIDE_ID = re.compile(r"[^\W_]([\w .()+=@-]*[\w()+=@-])?")  # names a folder on any system
-LONGEST_ID = 120  # bytes; file systems take 255 for a name, and suffixes are added
-RESERVED = {"metrics.json", "slides", "con", "nul"}
 MPP_FACTOR = 1.6  # 0.25 and 0.26 are one scanner's; 0.25 and 0.5 are another lens, or a wrong value
 
 
@@ -83,16 +79,15 @@ def _absent(rows: list[SlideRow]) -> dict[str, str]:
 def _check_table(rows: list[SlideRow], problems: list[str]) -> None:
     """Everything that is wrong with the rows as such, and the `problems` that are known."""
     problems = [*problems, *([] if rows else ["there are no slides: add some to the source"])]
-    counts = Counter(row.slide_id.casefold() for row in rows)  # some file systems fold case
-    for row in rows:
+    folded = [slide_names.normal(row.slide_id.casefold()) for row in rows]  # as file systems may
+    counts = Counter(folded)
+    for row, same in zip(rows, folded, strict=True):
         name = row.slide_id
-        if counts[name.casefold()] > 1:
+        if counts[same] > 1:
             problems.append(f"slide id {name} ({row.path}) occurs twice: give a column slide_id")
-        reserved = name.casefold() in RESERVED or len(name.encode()) > LONGEST_ID
-        if reserved or not SLIDE_ID.fullmatch(name):
+        if why := slide_names.fault(name):
             problems.append(
-                f"slide id {name!r} cannot name a folder: begin with a letter or digit, go on with "
-                f"letters, digits, space, ._()+=@-, end with no dot, {LONGEST_ID} bytes at most"
+                f"slide id {name!r} cannot name a folder: {why}; give another in a column slide_id"
             )
     splits = defaultdict(set)
     for row in rows:

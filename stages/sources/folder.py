@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from stages.common import cache, readers
+from stages.common import cache, readers, slide_names, walk
 from stages.common.cohort import SPLITS, SlideRow, locate
 from stages.common.slide_files import entry_file
 
@@ -117,7 +117,7 @@ def _row(record: dict[str, str], folder: Path, named: Callable[[], Named]) -> Sl
     if record.get("split") and record["split"] not in SPLITS:
         choice = ", ".join(SPLITS)
         raise ValueError(f"slide {relative} has split {record['split']!r}: choose of {choice}")
-    slide_id = record.get("slide_id") or _name_of(relative)
+    slide_id = slide_names.normal(record.get("slide_id") or _name_of(relative))
     return SlideRow(
         slide_id=slide_id,
         path=portable(file),
@@ -133,7 +133,7 @@ def _found(relative: PurePosixPath, folder: Path, named: Callable[[], Named]) ->
     """The file of a slide given by its path, or by its name alone; one that may not be there."""
     if (folder / relative).exists():
         return entry_file(folder / relative)
-    found = named().get(str(relative), [])
+    found = named().get(slide_names.normal(str(relative)), [])
     if len(found) > 1:
         places = " and ".join(str(file.relative_to(folder)) for file in found[:2])
         raise ValueError(f"slide {relative} may be {places}: give its path within {folder}")
@@ -141,15 +141,19 @@ def _found(relative: PurePosixPath, folder: Path, named: Callable[[], Named]) ->
 
 
 def _by_name(folder: Path) -> Named:
-    """Slides in a folder and below it, by file name and by name without suffix."""
+    """Slides in a folder and below it, by path or file name, each with and without suffix."""
     known, found = readers.suffixes(), defaultdict(list)
-    for file in sorted(folder.rglob("*")):
+    files, closed = walk.below(folder)
+    for place in closed:
+        logger.warning("folder %s may not be read by this user: change its permissions", place)
+    for file in files:
         suffix = file.suffix.lower()
         if suffix in known:
-            found[file.name].append(file)
             slide = file.parent if suffix == ".dcm" and file.parent != folder else file
-            if slide not in found[_name_of(slide)]:
-                found[_name_of(slide)].append(slide)
+            for one, name in ((file, file.name), (slide, _name_of(slide))):
+                for called in {name, str((one.parent / name).relative_to(folder))}:
+                    if one not in found[slide_names.normal(called)]:
+                        found[slide_names.normal(called)].append(one)
     return found
 
 

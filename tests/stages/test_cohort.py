@@ -224,7 +224,12 @@ def with_first(**changes: str) -> list[dict[str, str]]:
         ([{**row, "slide_id": "a/b"} for row in rows()[:1]], "cannot name a folder"),
         ([{**row, "slide_id": "."} for row in rows()[:1]], "cannot name a folder"),
         (with_first(slide_id="metrics.json"), "'metrics.json' cannot name a folder"),
-        (with_first(slide_id="細" * 60), "120 bytes at most"),
+        (
+            with_first(slide_id="failed.csv"),
+            "'failed.csv' cannot name a folder: Windows",
+        ),
+        (with_first(slide_id="細" * 60), "longer than 120 bytes"),
+        (with_first(slide_id="con"), "give another in a column slide_id"),
         (with_first(slide_id="S01"), "slide id S01 (slides/inner/s00.png) occurs twice"),
         (rows(Patient="p"), "has a column Patient: call it patient, or rename it"),
     ],
@@ -413,7 +418,7 @@ def test_the_index_sees_a_replaced_slide_and_is_empty_without_a_folder():
     assert Path("data/index/slides.csv").read_text() != before
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     index.main()
-    assert Path("data/index/slides.csv").read_text() == "path,bytes,mtime_ns\n"
+    assert Path("data/index/slides.csv").read_text() == "path,bytes,mtime_ns,readable\n"
 
 
 def test_tells_of_a_slide_whose_mpp_is_far_from_the_others(caplog):

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_dicom_folders(shared_data, tmp_path):
 def test_a_slide_that_is_not_there_is_for_the_stage_to_judge(home, given):
     (row,) = build(home, given)
     assert Path(row.path) == home / given
+
+
+@pytest.mark.parametrize("given", ["Präparate/Lámina 1.svs", "Lámina 1", "Lámina 1.svs"])
+def test_accents_match_in_either_form(tmp_path, given):
+    """As a folder copied from macOS and a table written on Windows, or the other way round."""
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        home = tmp_path / form
+        file = home / unicodedata.normalize(form, "Präparate/Lámina 1.svs")
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+        (row,) = build(home, unicodedata.normalize(other, given))
+        assert Path(row.path) == file
+        assert row.slide_id == unicodedata.normalize("NFC", "Lámina 1")
+
+
+def test_a_name_alone_is_found_behind_a_link(home, tmp_path_factory):
+    other = tmp_path_factory.mktemp("archive")
+    (other / "far.svs").write_bytes(b"x")
+    (home / "archive").symlink_to(other)
+    (home / "2024/loop").symlink_to(home)
+    assert Path(build(home, "far")[0].path) == home / "archive/far.svs"
+    assert build(home, "S 1")[0].slide_id == "S 1"
 
 
 def test_the_walk_is_not_remembered(home):
