@@ -67,13 +67,21 @@ def main(target: Path = Path("data/cohort")) -> None:
 
 
 def _absent(rows: list[SlideRow]) -> dict[str, str]:
-    """What to say of slides that have no file, by id."""
-    return {
-        row.slide_id: f"slide {row.slide_id} has no file {row.path}: copy it there, or correct the "
-        "labels file"
-        for row in rows
-        if not os.path.exists(cohort.locate(row.path))
-    }
+    """What to say of slides that have no file, or none that this user may see, by id."""
+    found = {}
+    for row in rows:
+        path = cohort.locate(row.path)
+        if not os.path.exists(path):
+            closed = [
+                one for one in path.parents if os.path.isdir(one) and not os.access(one, os.X_OK)
+            ]
+            found[row.slide_id] = (
+                f"folder {closed[0]} may not be read by this user: change its permissions"
+                if closed
+                else f"slide {row.slide_id} has no file {row.path}: copy it there, or correct the "
+                "labels file"
+            )
+    return found
 
 
 def _check_table(rows: list[SlideRow], problems: list[str]) -> None:

@@ -61,8 +61,9 @@ def look(rows: list[SlideRow]) -> tuple[list[SlideRow], dict[str, str]]:
         one = first.setdefault(row.digest, row)
         if one is not row:
             failed[row.slide_id] = (
-                f"slides {one.slide_id} ({one.path}) and {row.slide_id} ({row.path}) have the same "
-                "content: take one out, or it may be trained and tested on"
+                f"slides {one.slide_id} ({Path(one.path).name}) and {row.slide_id} "
+                f"({Path(row.path).name}) have the same content: take one out, or it may be "
+                "trained and tested on"
             )
     return list(first.values()), failed
 

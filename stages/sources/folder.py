@@ -10,6 +10,7 @@ import csv
 import difflib
 import functools
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,8 +45,11 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
         ValueError: something is wrong with the CSV; the message lists every problem found.
     """
     folder, labels = locate(params.slides), locate(params.labels)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {params.slides}: put slides there or set cohort.folder")
+    for place in (folder, labels):
+        if os.path.exists(place) and not os.access(place, os.R_OK):
+            raise PermissionError(f"{place} may not be read by this user: change its permissions")
     table = _read(labels)
     named = functools.cache(lambda: _by_name(folder))  # one walk, and only where it is needed
     problems: list[str] = []
@@ -63,7 +67,7 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
 
 
 def _read(labels: Path) -> list[dict[str, str]]:
-    if not labels.is_file():
+    if not os.path.isfile(labels):
         columns = ", ".join(KNOWN)
         raise FileNotFoundError(f"no labels file {labels}: write a CSV with columns {columns}")
     try:
@@ -131,7 +135,7 @@ def _row(record: dict[str, str], folder: Path, named: Callable[[], Named]) -> Sl
 
 def _found(relative: PurePosixPath, folder: Path, named: Callable[[], Named]) -> Path:
     """The file of a slide given by its path, or by its name alone; one that may not be there."""
-    if (folder / relative).exists():
+    if os.path.exists(folder / relative):
         return entry_file(folder / relative)
     found = named().get(slide_names.normal(str(relative)), [])
     if len(found) > 1:
