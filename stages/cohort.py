@@ -12,22 +12,19 @@ is always an error.
 """
 
 import logging
+import os
 import random
-import re
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages.common import cohort, failures, intake, params, plugins, run
+from stages.common import cohort, failures, intake, params, plugins, run, slide_names
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
 
-SLIDE_ID = re.compile(r"[^\W_]([\w .()+=@-]*[\w()+=@-])?")  # names a folder on any system
-LONGEST_ID = 120  # bytes; file systems take 255 for a name, and suffixes are added
-RESERVED = {"metrics.json", "slides", "con", "nul"}
 MPP_FACTOR = 1.6  # 0.25 and 0.26 are one scanner's; 0.25 and 0.5 are another lens, or a wrong value
 
 
@@ -48,14 +45,17 @@ def main(target: Path = Path("data/cohort")) -> None:
     source = plugins.load("sources", chosen.source)
     settings = params.load(source.Params, f"cohort.{chosen.source}")
     target.mkdir(parents=True, exist_ok=True)
+    strict = params.load(failures.FailureParams).on_error == "stop"
     rows = sorted(source.build(settings, seed, target), key=lambda row: row.slide_id)
-    _check_table(rows)
+    absent = _absent(rows)
+    _check_table(rows, list(absent.values()) if strict else [])
     classes = _classes(rows, chosen.positive)
-    rows, failed = intake.look(rows)
-    if params.load(failures.FailureParams).on_error == "stop":
-        _raise([why for _, why in sorted(failed.items())])
+    rows, failed = intake.look([row for row in rows if row.slide_id not in absent])
+    failed |= absent
+    if strict:
+        _raise([f"{slide_id}: {why}" for slide_id, why in sorted(failed.items())])
     elif failed:
-        _tell(failed)
+        _leave_out(failed, len(rows))
         classes = _classes(rows, chosen.positive)
     odd = _odd_mpp(rows)
     rows = _split(rows, chosen, seed)
@@ -66,19 +66,36 @@ def main(target: Path = Path("data/cohort")) -> None:
     logger.info("cohort: %d slides of %d patients", len(rows), len({row.patient for row in rows}))
 
 
-def _check_table(rows: list[SlideRow]) -> None:
-    """Everything that is wrong with the rows as such."""
-    problems = [] if rows else ["there are no slides: add some to the source"]
-    counts = Counter(row.slide_id.casefold() for row in rows)  # some file systems fold case
+def _absent(rows: list[SlideRow]) -> dict[str, str]:
+    """What to say of slides that have no file, or none that this user may see, by id."""
+    found = {}
     for row in rows:
+        path = cohort.locate(row.path)
+        if not os.path.exists(path):
+            closed = [
+                one for one in path.parents if os.path.isdir(one) and not os.access(one, os.X_OK)
+            ]
+            found[row.slide_id] = (
+                f"folder {closed[0]} may not be read by this user: change its permissions"
+                if closed
+                else f"slide {row.slide_id} has no file {row.path}: copy it there, or correct the "
+                "labels file"
+            )
+    return found
+
+
+def _check_table(rows: list[SlideRow], problems: list[str]) -> None:
+    """Everything that is wrong with the rows as such, and the `problems` that are known."""
+    problems = [*problems, *([] if rows else ["there are no slides: add some to the source"])]
+    folded = [slide_names.normal(row.slide_id.casefold()) for row in rows]  # as file systems may
+    counts = Counter(folded)
+    for row, same in zip(rows, folded, strict=True):
         name = row.slide_id
-        if counts[name.casefold()] > 1:
+        if counts[same] > 1:
             problems.append(f"slide id {name} ({row.path}) occurs twice: give a column slide_id")
-        reserved = name.casefold() in RESERVED or len(name.encode()) > LONGEST_ID
-        if reserved or not SLIDE_ID.fullmatch(name):
+        if why := slide_names.fault(name):
             problems.append(
-                f"slide id {name!r} cannot name a folder: begin with a letter or digit, go on with "
-                f"letters, digits, space, ._()+=@-, end with no dot, {LONGEST_ID} bytes at most"
+                f"slide id {name!r} cannot name a folder: {why}; give another in a column slide_id"
             )
     splits = defaultdict(set)
     for row in rows:
@@ -106,8 +123,13 @@ def _classes(rows: list[SlideRow], positive: str) -> list[str]:
     return sorted(labels, key=lambda label: (label == positive, label))
 
 
-def _tell(failed: dict[str, str]) -> None:
+def _leave_out(failed: dict[str, str], left: int) -> None:
     listed = "".join(f"\n  {slide_id}: {why}" for slide_id, why in sorted(failed.items()))
+    if not left:
+        raise ValueError(
+            f"all {len(failed)} slides of the cohort failed, and none is left to go on with: mend "
+            f"some:{listed}"
+        )
     logger.warning("cohort: %d slides quarantined:%s", len(failed), listed)
 
 

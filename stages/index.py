@@ -4,7 +4,8 @@
             the weights of the detector that `detect.detector` names
             the files that `pretrain.weights` and `pretrain.init_from` name
             those of the encoders that `fetch.encoders` names
-    writes  data/index/slides.csv      its files by name, length and time
+    writes  data/index/slides.csv      its files by name, length, time and whether
+                                       they may be read; folders that may not
             data/index/detector.json   the detector, its libraries' versions, its weights' digest
             data/index/weights.json    what pretraining begins with, by digest
             data/index/encoders/<name>.json   each encoder from elsewhere, by digest
@@ -24,7 +25,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from stages.common import cohort, digests, failures, params, plugins, run
+from stages.common import cohort, digests, failures, params, plugins, run, walk
 
 logger = logging.getLogger(__name__)
 
@@ -52,16 +53,18 @@ def main(target: Path = Path("data/index")) -> None:
 
 
 def _list_slides(target: Path) -> None:
-    lines = ["path,bytes,mtime_ns"]
+    lines = ["path,bytes,mtime_ns,readable"]
     settings = params.section_of(f"cohort.{params.section_of('cohort')['source']}")
     if isinstance(settings.get("slides"), str):  # a folder; a source that draws has a number there
         folder = cohort.locate(settings["slides"])
         labels = cohort.locate(str(settings.get("labels")))
-        if not folder.is_dir() and target.is_file():
+        if not os.path.isdir(folder) and target.is_file():
             logger.info("index: no folder %s here, its list is kept", folder)
             return
-        lines += [_line(file, str(file.relative_to(folder))) for file in _files(folder)]
-        lines += [_line(labels, "labels")] if labels.is_file() else []
+        files, closed = walk.below(folder)
+        lines += [_line(file, str(file.relative_to(folder))) for file in files]
+        lines += [f"{_quoted(str(place.relative_to(folder)))},,,0" for place in closed]
+        lines += [_line(labels, "labels")] if os.path.isfile(labels) else []
     with run.atomic(target) as temporary:
         text = "\n".join(lines) + "\n"
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -111,7 +114,7 @@ def _identify_encoders(target: Path) -> None:
 def _identified(key: str, name: str, known: dict[str, str]) -> dict[str, str]:
     """The file or folder that a param names, by digest; of an absent one what is `known` stays."""
     place = cohort.locate(name)
-    files = [] if name in NO_FILE else sorted(_files(place)) if place.is_dir() else [place]
+    files = [] if name in NO_FILE else walk.below(place)[0] if place.is_dir() else [place]
     if all(file.is_file() for file in files):
         return {"name": name, "digest": digests.digest_of(files) if files else ""}
     if known.get("name") == name:
@@ -165,23 +168,14 @@ def _list(names: tuple[str, ...]) -> str:
     return ", ".join(names)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Every file below the folder; links are followed, each place once."""
-    found, seen = [], set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        status = os.stat(place)
-        if (status.st_dev, status.st_ino) in seen:
-            inner.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        found += [Path(place) / name for name in names if (Path(place) / name).is_file()]
-    return sorted(found)
-
-
 def _line(file: Path, name: str) -> str:
-    status = file.stat()
-    quoted = name.replace('"', '""')
-    return f'"{quoted}",{status.st_size},{status.st_mtime_ns}'
+    status, readable = file.stat(), int(os.access(file, os.R_OK))
+    return f"{_quoted(name)},{status.st_size},{status.st_mtime_ns},{readable}"
+
+
+def _quoted(name: str) -> str:
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -62,4 +63,5 @@ def write_rows(folder: Path, rows: list[SlideRow], classes: list[str]) -> None:
 
 def locate(path: str) -> Path:
     """Where a cohort's file lies: here, or in the repository that this is a temporary copy of."""
-    return Path(path) if Path(path).exists() else cache.repository() / path
+    here = os.path.exists(path)  # Path.exists raises where a folder is closed or a share is gone
+    return Path(path) if here else cache.repository() / path

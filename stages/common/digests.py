@@ -13,13 +13,23 @@ from pathlib import Path
 from stages.common import cache
 
 
-def digest_of(files: list[Path]) -> str:
+def read(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def digest_of(files: list[Path], read: Callable[[Path], str] = read) -> str:
     """SHA-256 over the contents of a slide's files, in the order given.
+
+    Args:
+        files: All that have a part in it.
+        read: Digests one that is not remembered.
 
     Raises:
         FileNotFoundError: a file is gone.
     """
-    inner = [_remembered(_stamp(file), lambda file=file: _read(file)) for file in files]
+    inner = [_remembered(_stamp(file), lambda file=file: read(file)) for file in files]
     return inner[0] if len(inner) == 1 else hashlib.sha256("\n".join(inner).encode()).hexdigest()
 
 
@@ -40,11 +50,6 @@ def once(files: list[Path], question: str, answer: Callable[[], str]) -> str:
 def _stamp(file: Path) -> str:
     status = file.stat()
     return f"{status.st_dev}:{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
-
-
-def _read(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _remembered(stamp: str, answer: Callable[[], str]) -> str:

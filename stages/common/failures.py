@@ -25,7 +25,9 @@ PASSING = (
     *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
 )
 # An absolute path up to its last name: where a lab's files lie is nobody else's business.
-FOLDERS = re.compile(r"(?<![\w/])/(?=[^\s/])(?:[^/\n'\":]+/)+")
+# Names in it have no blank at either end, nor end as what stands before another path.
+NAME = r"(?![\s/])[^/\n\":]*[^/\s\":'(\[=]/"
+FOLDERS = re.compile(rf"(?<![^\s'\"(\[=])/(?:{NAME})+")
 
 
 @dataclass(frozen=True)

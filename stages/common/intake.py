@@ -1,18 +1,40 @@
-"""Slides as they come in: opened, tried at both ends, digested, and twins told apart."""
+"""Slides as they come in: opened, tried at both ends, digested, and twins told apart.
+
+Slides are opened in worker processes of this machine, as a reader that crashes on one takes its
+process along; what is remembered of slides that did not change needs none.
+"""
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from tqdm import tqdm
 
-from stages.common import cohort, digests, fingerprint, readers, slides
+from stages.common import (
+    cluster,
+    cohort,
+    digests,
+    dispatch,
+    failures,
+    fingerprint,
+    params,
+    readers,
+    slides,
+)
 from stages.common.cohort import SlideRow
 from stages.common.slide_files import content_files
+from stages.common.workers import Workers
 
-READERS = 4  # threads: hashing and opening wait for the disk
+READERS = 4  # threads: what they ask waits for the disk
+TASKS = 1000  # at most, or handing them out takes longer than opening small pictures
+
+
+class _UnknownError(Exception):
+    """Nothing is remembered."""
 
 
 def look(rows: list[SlideRow]) -> tuple[list[SlideRow], dict[str, str]]:
@@ -21,33 +43,88 @@ def look(rows: list[SlideRow]) -> tuple[list[SlideRow], dict[str, str]]:
     Returns:
         The rows of the slides that can be used, and by id what is wrong with the others: they
         cannot be read, or have the content of one before them.
+
+    Raises:
+        FileNotFoundError: slides vanished meanwhile; what was found out of the others is kept.
     """
-    with ThreadPoolExecutor(READERS) as pool:
-        results = list(
-            tqdm(pool.map(_caught(_open), rows), total=len(rows), desc="cohort", unit="slide")
-        )
-    pairs = list(zip(rows, results, strict=True))
-    failed = {row.slide_id: found for row, found in pairs if isinstance(found, str)}
+    found = _recalled(rows)
+    new = [row for row in rows if row.slide_id not in found]
+    failed = _open_all(new) if new else {}
+    _check_there([row for row in new if row.slide_id in failed])
+    found |= _recalled([row for row in new if row.slide_id not in failed])
     first: dict[str, SlideRow] = {}
-    for row in results:
-        if isinstance(row, str):
+    for name in (row.slide_id for row in rows if row.slide_id not in failed):
+        if name not in found:
+            failed[name] = f"slide {name} changed while it was read: run again"
             continue
+        row = found[name]
         one = first.setdefault(row.digest, row)
         if one is not row:
             failed[row.slide_id] = (
-                f"slides {one.slide_id} ({one.path}) and {row.slide_id} ({row.path}) have the same "
-                "content: take one out, or it may be trained and tested on"
+                f"slides {one.slide_id} ({Path(one.path).name}) and {row.slide_id} "
+                f"({Path(row.path).name}) have the same content: take one out, or it may be "
+                "trained and tested on"
             )
     return list(first.values()), failed
 
 
-def _open(row: SlideRow) -> SlideRow:
+def _check_there(failed: list[SlideRow]) -> None:
+    """A slide that vanished is no bad slide: left out, it would never be looked at again."""
+    gone = [row.slide_id for row in failed if not os.path.exists(cohort.locate(row.path))]
+    if gone:
+        raise FileNotFoundError(
+            f"cohort: {len(gone)} slides vanished, {gone[0]} for one: run again when they are "
+            "back; what was found out is kept"
+        )
+
+
+def _recalled(rows: list[SlideRow]) -> dict[str, SlideRow]:
+    """The rows of slides that were opened before and did not change, by id."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return {row.slide_id: row for row in pool.map(_recall, rows) if row}
+
+
+def _recall(row: SlideRow) -> SlideRow | None:
+    try:
+        return _open(row, _unknown, _unknown)
+    except (_UnknownError, OSError, ValueError):  # a worker is to find out, and say
+        return None
+
+
+def _unknown(*_: object) -> NoReturn:
+    raise _UnknownError
+
+
+def _open_all(rows: list[SlideRow]) -> dict[str, str]:
+    """Open slides in processes, so that it is remembered; the error of each that failed, by id."""
+    engine = replace(params.load(cluster.EngineParams, "engine"), scheduler="")
+    step = -(-len(rows) // TASKS)
+    tasks = [tuple(rows[at : at + step]) for at in range(0, len(rows), step)]
+    bar = tqdm(total=len(rows), desc="cohort", unit="slide")
+    failed = {}
+    with cluster.connect(engine, len(tasks)) as client, bar:
+        workers = Workers(client, engine, cuda=False)
+        for task, error in dispatch.each(workers, _build, tasks, engine.retries):
+            if error:  # of one slide: those of a group were tried one by one
+                failed[task[0].slide_id] = failures.explain(error)
+            bar.update(len(task))
+    return failed
+
+
+def _build(task: tuple[SlideRow, ...], _: str) -> None:
+    for row in task:
+        _open(row, _probed, digests.read)
+
+
+def _open(
+    row: SlideRow, probe: Callable[[Path, SlideRow], str], read: Callable[[Path], str]
+) -> SlideRow:
     """Opening and probing takes long with thousands of slides on a network: once a slide."""
     path = cohort.locate(row.path)
     files = content_files(path)
     question = f"mpp of {path}, {row.mpp} given, by {_reader()}"
-    mpp = digests.once(files, question, lambda: _probed(path, row))
-    return replace(row, mpp=mpp, digest=digests.digest_of(files))
+    mpp = digests.once(files, question, lambda: probe(path, row))
+    return replace(row, mpp=mpp, digest=digests.digest_of(files, read))
 
 
 def _probed(path: Path, row: SlideRow) -> str:
@@ -60,13 +137,3 @@ def _probed(path: Path, row: SlideRow) -> str:
 def _reader() -> str:
     """Digest of the code that reads slides."""
     return fingerprint.code_digest((slides.__name__, *readers.modules()))
-
-
-def _caught(task: Callable[[SlideRow], SlideRow]) -> Callable[[SlideRow], SlideRow | str]:
-    def attempt(row: SlideRow) -> SlideRow | str:
-        try:
-            return task(row)
-        except (ValueError, OSError, ImportError) as error:
-            return str(error)
-
-    return attempt

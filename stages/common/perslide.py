@@ -4,7 +4,9 @@ Slides are mapped on Dask distributed (stages/common/cluster.py), each as one ta
 process (stages/common/dispatch.py). A slide that fails, or kills its worker, stops no other: what
 was made is kept, the failures are listed at the end, and the stage exits non-zero or, with
 `on_error: quarantine`, goes on without them and lists them in failed.csv. They are tried again
-whenever the stage runs, as nothing of them is in the cache.
+whenever the stage runs, as nothing of them is in the cache. A slide whose file vanished is no bad
+slide, and would be lost for good, as DVC runs no stage again that went well: once all others are
+made the stage exits non-zero, quarantine or not.
 """
 
 import functools
@@ -98,6 +100,7 @@ def run(
     Raises:
         OSError: the disk is full or has less room than is needed, or the cluster is gone; what was
             made is kept.
+        FileNotFoundError: slides vanished, whatever `on_error` is; what was made is kept.
         ValueError: slides failed; what was made is kept, and a rerun makes only the others.
     """
     cache.sweep(stage)
@@ -118,8 +121,9 @@ def run(
     if missing and target.exists():  # a run that fails must not leave a stage that looks whole
         shutil.rmtree(target)
     bar = Progress(stage, missing, noun, unit, count)
-    failed = _build_all(recipe, missing, device, together, bar) if missing else {}
-    _report(stage, failed, len(jobs), noun, on_error)
+    errors = _build_all(recipe, missing, device, together, bar) if missing else {}
+    _report(stage, errors, len(jobs), noun, on_error)
+    failed = {slide_id: failures.explain(error) for slide_id, error in errors.items()}
     good = [job.slide_id for job in jobs if job.slide_id not in failed]
     cache.arrange({name: cache.entry(stage, keys[name]) for name in good}, target)
     if on_error:
@@ -129,7 +133,7 @@ def run(
 
 def _build_all(
     recipe: _Recipe, jobs: list[Job], device: str, together: int, bar: Progress
-) -> dict[str, str]:
+) -> dict[str, BaseException]:
     """Make every job's result and return the error of each that failed."""
     engine, cuda = params.load(cluster.EngineParams, "engine"), device == "cuda"
     if cuda and not engine.scheduler:
@@ -138,15 +142,16 @@ def _build_all(
     build = functools.partial(_build, recipe, device)
     step = max(together, 1)
     tasks = [tuple(jobs[at : at + step]) for at in range(0, len(jobs), step)]
-    failed: dict[str, str] = {}
+    failed: dict[str, BaseException] = {}
     try:
         with cluster.connect(engine, len(tasks), cuda) as client, bar:
             workers = Workers(client, engine, cuda)
             for task, error in dispatch.each(workers, build, tasks, engine.retries):
                 for job in task:
                     if error:
-                        failed[job.slide_id] = failures.explain(error)
-                        tqdm.write(f"{bar.stage}: {job.slide_id} failed: {failed[job.slide_id]}")
+                        failed[job.slide_id] = error
+                        why = failures.explain(error)
+                        tqdm.write(f"{bar.stage}: {job.slide_id} failed: {why}")
                     bar.add(job.work, recipe.entry(job), bool(error))
     finally:
         cache.sweep(recipe.stage)
@@ -185,15 +190,25 @@ def _worker_number() -> str:
     return digits[0] if digits else "0"
 
 
-def _report(stage: str, failed: dict[str, str], total: int, noun: str, on_error: str) -> None:
+def _report(
+    stage: str, failed: dict[str, BaseException], total: int, noun: str, on_error: str
+) -> None:
     if not failed:
         return
-    listed = "".join(f"\n  {slide_id}: {why}" for slide_id, why in sorted(failed.items()))
-    if on_error == "quarantine" and len(failed) < total:
-        logger.warning("%s: %d of %d %ss quarantined:%s", stage, len(failed), total, noun, listed)
-        return
+    told = {name: failures.explain(error) for name, error in failed.items()}
+    listed = "".join(f"\n  {slide_id}: {why}" for slide_id, why in sorted(told.items()))
+    count = f"{stage}: {len(failed)} of {total} {noun}s"
+    if on_error == "quarantine":
+        gone = sum(isinstance(error, FileNotFoundError) for error in failed.values())
+        if gone:
+            raise FileNotFoundError(
+                f"{stage}: {gone} of {total} {noun}s vanished: run again when they are back; what "
+                f"was made is kept:{listed}"
+            )
+        if len(failed) < total:
+            logger.warning("%s quarantined:%s", count, listed)
+            return
     raise ValueError(
-        f"{stage}: {len(failed)} of {total} {noun}s failed; the others are kept. Mend these or "
-        "leave their slides out of the cohort, and run again; on_error: quarantine goes on without "
-        f"them:{listed}"
+        f"{count} failed; the others are kept. Mend these or leave their slides out of the cohort, "
+        f"and run again; on_error: quarantine goes on without them:{listed}"
     )

@@ -103,7 +103,7 @@ class Pyramid:
             return None
         try:
             return tiff.Tiles(self._path, self.level_dimensions)
-        except (ValueError, OSError):  # OpenSlide, which did open it, is there to judge
+        except Exception:  # of any kind, where a tag is damaged; OpenSlide, which opened it, judges
             return None
 
     def _fast(self, level: int) -> bool:

@@ -79,7 +79,8 @@ def build(path: Path) -> CziReader:
 def _mpp_of(metadata: dict[str, Any]) -> tuple[float, float] | None:
     """Microns per pixel along x and y; the file has metres, and 0 for what is not known."""
     scaling = metadata.get("ImageDocument", {}).get("Metadata", {}).get("Scaling") or {}
-    distances = (scaling.get("Items") or {}).get("Distance", [])
-    metres = {item["@Id"]: float(item["Value"]) for item in distances}
+    found = (scaling.get("Items") or {}).get("Distance") or []
+    distances = [found] if isinstance(found, dict) else found  # XML of one element is no list
+    metres = {item.get("@Id"): float(item.get("Value") or 0) for item in distances}
     x, y = metres.get("X", 0), metres.get("Y", 0)
     return (x * 1e6, y * 1e6) if x > 0 and y > 0 else None

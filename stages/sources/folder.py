@@ -10,13 +10,14 @@ import csv
 import difflib
 import functools
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
-from stages.common import cache, readers
+from stages.common import cache, readers, slide_names, walk
 from stages.common.cohort import SPLITS, SlideRow, locate
 from stages.common.slide_files import entry_file
 
@@ -44,8 +45,11 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
         ValueError: something is wrong with the CSV; the message lists every problem found.
     """
     folder, labels = locate(params.slides), locate(params.labels)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder {params.slides}: put slides there or set cohort.folder")
+    for place in (folder, labels):
+        if os.path.exists(place) and not os.access(place, os.R_OK):
+            raise PermissionError(f"{place} may not be read by this user: change its permissions")
     table = _read(labels)
     named = functools.cache(lambda: _by_name(folder))  # one walk, and only where it is needed
     problems: list[str] = []
@@ -63,7 +67,7 @@ def build(params: Params, seed: int, target: Path) -> list[SlideRow]:
 
 
 def _read(labels: Path) -> list[dict[str, str]]:
-    if not labels.is_file():
+    if not os.path.isfile(labels):
         columns = ", ".join(KNOWN)
         raise FileNotFoundError(f"no labels file {labels}: write a CSV with columns {columns}")
     try:
@@ -117,7 +121,7 @@ def _row(record: dict[str, str], folder: Path, named: Callable[[], Named]) -> Sl
     if record.get("split") and record["split"] not in SPLITS:
         choice = ", ".join(SPLITS)
         raise ValueError(f"slide {relative} has split {record['split']!r}: choose of {choice}")
-    slide_id = record.get("slide_id") or _name_of(relative)
+    slide_id = slide_names.normal(record.get("slide_id") or _name_of(relative))
     return SlideRow(
         slide_id=slide_id,
         path=portable(file),
@@ -130,28 +134,30 @@ def _row(record: dict[str, str], folder: Path, named: Callable[[], Named]) -> Sl
 
 
 def _found(relative: PurePosixPath, folder: Path, named: Callable[[], Named]) -> Path:
-    """The file of a slide given by its path, or by its name alone."""
-    if (folder / relative).exists():
+    """The file of a slide given by its path, or by its name alone; one that may not be there."""
+    if os.path.exists(folder / relative):
         return entry_file(folder / relative)
-    found = named().get(str(relative), [])
+    found = named().get(slide_names.normal(str(relative)), [])
     if len(found) > 1:
         places = " and ".join(str(file.relative_to(folder)) for file in found[:2])
         raise ValueError(f"slide {relative} may be {places}: give its path within {folder}")
-    if not found:
-        raise FileNotFoundError(f"slide {relative} is not in {folder}: correct it or copy the file")
-    return entry_file(found[0])
+    return entry_file(found[0]) if found else folder / relative
 
 
 def _by_name(folder: Path) -> Named:
-    """Slides in a folder and below it, by file name and by name without suffix."""
+    """Slides in a folder and below it, by path or file name, each with and without suffix."""
     known, found = readers.suffixes(), defaultdict(list)
-    for file in sorted(folder.rglob("*")):
+    files, closed = walk.below(folder)
+    for place in closed:
+        logger.warning("folder %s may not be read by this user: change its permissions", place)
+    for file in files:
         suffix = file.suffix.lower()
         if suffix in known:
-            found[file.name].append(file)
             slide = file.parent if suffix == ".dcm" and file.parent != folder else file
-            if slide not in found[_name_of(slide)]:
-                found[_name_of(slide)].append(slide)
+            for one, name in ((file, file.name), (slide, _name_of(slide))):
+                for called in {name, str((one.parent / name).relative_to(folder))}:
+                    if one not in found[slide_names.normal(called)]:
+                        found[slide_names.normal(called)].append(one)
     return found
 
 

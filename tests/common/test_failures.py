@@ -73,6 +73,35 @@ def test_quarantine_goes_on_without_the_slides_and_tries_them_again(caplog):
     assert Path("data/toy/failed.csv").read_text().splitlines() == ["slide_id,error"]
 
 
+def test_a_slide_that_vanished_is_no_bad_one_and_is_made_when_it_is_back():
+    """Were the stage to go well, DVC would not run it again, and the slide be lost for good."""
+    message = "toy: 1 of 4 slides vanished: run again when they are back; what was made is kept:"
+    with pytest.raises(FileNotFoundError, match=f"{message}\n  bad: .*\n  gone: slide gone"):
+        run(jobs("a", "b", bad="raise", gone="vanish"), "quarantine")
+    assert made() == 2 and not Path("data/toy").exists()
+    assert run(jobs("a", "b", "gone", bad="raise"), "quarantine") == ["a", "b", "gone"]
+    assert made() == 3 and list(failures.read(Path("data/toy"))) == ["bad"]
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        ("no /srv/my slides/x.svs: restore it", "no x.svs: restore it"),
+        ("a (/srv/lab/CMU 1.svs) and b (/lab/c of d.svs) e", "a (CMU 1.svs) and b (c of d.svs) e"),
+        (
+            "slides a b (copy of c.svs) have 1/2 or 3 / 4",
+            "slides a b (copy of c.svs) have 1/2 or 3 / 4",
+        ),
+        ("no '/srv/O'Brien (old), new/x.svs' and '/srv/b.svs'", "no 'x.svs' and 'b.svs'"),
+        ("moved /srv/a b/x.svs to /srv/c/y.svs, /srv/z.svs", "moved x.svs to y.svs, z.svs"),
+        ("data/tile/a and s3://lab/x/y", "data/tile/a and s3://lab/x/y"),
+    ],
+)
+def test_of_a_path_its_last_name_is_written_and_of_a_message_all(tmp_path, said, written):
+    failures.write(tmp_path, {"a": said})
+    assert failures.read(tmp_path) == {"a": written}
+
+
 def test_quarantine_of_every_slide_is_a_failure():
     with pytest.raises(ValueError, match="2 of 2 slides failed"):
         run(jobs(bad="raise", worse="raise"), "quarantine")

@@ -94,7 +94,7 @@ def test_workers_are_numbered():
 
 def test_the_bar_counts_work(capfd):
     with pytest.raises(ValueError, match="1 of 3 slides failed"):
-        run([Job("a", (), work=30), Job("b", (), work=12), *jobs(bad="raise")])
+        run([Job("a", (), {"wait": 0.3}, 30), Job("b", (), {"wait": 0.6}, 12), *jobs(bad="raise")])
     shown = capfd.readouterr().err
     last = re.search(r"100%.*3/3 slides, (\S+) slides/s, (\S+) rows/s, 1 failed \[.*<00:00", shown)
     assert last and float(last[2]) == pytest.approx(float(last[1]) * 21, rel=0.01)

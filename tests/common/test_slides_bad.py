@@ -143,3 +143,23 @@ def test_a_slide_without_a_pyramid_is_read_in_bands(tmp_path, monkeypatch):
     assert max(width * height for width, height in extents) < 1.2 * 200_000
     assert np.abs(banded - whole).max() <= 12
     assert np.abs(banded - whole).mean() < 1
+
+
+# Of Tiles, which its own error left half made.
+@pytest.mark.filterwarnings("ignore:.*Tiles.__del__:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("tag", ["BitsPerSample", "SamplesPerPixel", "TileWidth"])
+def test_a_tag_that_rotted_is_for_openslide_to_judge(tmp_path, tag):
+    """Another type of one tag: tifffile ends in a TypeError, and OpenSlide reads the slide."""
+    path = write(tmp_path / "a.svs", (600, 600), (1, 2))
+    with Slide(path) as slide:
+        right = slide.read(0, 0, 600, 600, 0.25)
+    with tifffile.TiffFile(path) as opened:
+        at = opened.pages[1].tags[tag].offset + 2
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+    with Slide(path) as slide:
+        slide.probe()
+        (patch,) = slide.patches(np.array([[0, 0]]), 600, 0.25)
+        assert slide._source._tiles is None
+    assert np.array_equal(patch, right)

@@ -28,6 +28,8 @@ def make(folder: Path, job: Job) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
     if failure == "say":
         raise ValueError(job.arguments["text"])
+    if failure == "vanish":
+        raise FileNotFoundError(f"slide {job.slide_id}.svs vanished while it was read")
     if failure == "full":
         raise OSError(28, "No space left on device")
     if failure in ("away", "away once"):

@@ -1,7 +1,11 @@
 import csv
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,21 +16,50 @@ from PIL import Image
 
 from stages import cohort as stage
 from stages import index
-from stages.common import cohort, failures, slides
+from stages.common import cohort, failures, intake
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory) -> Path:
+    """A repository whose twelve slides were opened before, so that tests need no worker."""
+    home = tmp_path_factory.mktemp("known")
+    with pytest.MonkeyPatch.context() as patch:
+        enter(home, patch)
+        for number in range(12):
+            pixels = np.full((40, 50, 3), number * 20, np.uint8)
+            Image.fromarray(pixels).save(f"slides/inner/s{number:02d}.png")
+        stage.main()
+    return home
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """A repository with a folder of twelve small images of twelve patients."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CYTOSSL_CACHE", str(tmp_path / "cache"))
+def place(known, tmp_path, monkeypatch):
+    """A repository with a folder of twelve small images of twelve patients; never written to."""
+    enter(tmp_path, monkeypatch)
+    for file in (known / "slides/inner").iterdir():
+        os.link(file, Path("slides/inner") / file.name)
+    shutil.copytree(known / "cache", "cache")
+
+
+def enter(home: Path, monkeypatch) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("CYTOSSL_CACHE", str(home / "cache"))
     monkeypatch.delenv("DVC_ROOT", raising=False)
     Path("slides/inner").mkdir(parents=True)
-    for number in range(12):
-        pixels = np.full((40, 50, 3), number * 20, np.uint8)
-        Image.fromarray(pixels).save(f"slides/inner/s{number:02d}.png")
     write_params()
     write_labels(rows())
+
+
+def replace(name: str, content: bytes) -> None:
+    """Another file in the place of a slide."""
+    file = Path("slides/inner") / name
+    file.unlink()
+    file.write_bytes(content)
+
+
+def quarantine() -> None:
+    values = yaml.safe_load(Path("params.yaml").read_text())
+    Path("params.yaml").write_text(yaml.safe_dump({**values, "on_error": "quarantine"}))
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +100,8 @@ def write_params(**changes: object) -> None:
         "folder": {"slides": "slides", "labels": "slides/labels.csv"},
         **changes,
     }
-    values = {"seed": 1, "sparse_topk": 0, "irpe": "none", "cohort": section}
+    engine = {"workers": 1, "scheduler": "tcp://no.use:1"}  # slides are opened on this machine
+    values = {"seed": 1, "sparse_topk": 0, "irpe": "none", "cohort": section, "engine": engine}
     Path("params.yaml").write_text(yaml.safe_dump(values))
 
 
@@ -81,22 +115,40 @@ def test_lists_the_slides_with_digest_and_mpp():
 
 
 def test_slides_that_did_not_change_are_not_opened_again_and_a_damaged_one_is(monkeypatch):
-    stage.main()
-    opened = []
-    first = slides.Slide
+    asked, first = [], intake.dispatch.each
 
-    def counted(path, mpp):
-        opened.append(path.name)
-        return first(path, mpp)
+    def counted(workers, build, tasks, retries):
+        asked.extend(tasks)
+        return first(workers, build, tasks, retries)
 
-    monkeypatch.setattr(slides, "Slide", counted)
+    monkeypatch.setattr(intake.dispatch, "each", counted)
     stage.main()
-    assert not opened
-    file = Path("slides/inner/s03.png")
-    file.write_bytes(file.read_bytes()[:60])
+    assert not asked
+    replace("s03.png", Path("slides/inner/s03.png").read_bytes()[:60])
     with pytest.raises(ValueError, match="slide s03.png is damaged"):
         stage.main()
-    assert opened == ["s03.png"]
+    assert [row.slide_id for task in asked for row in task] == ["s03"]
+
+
+def test_a_slide_that_crashes_its_reader_is_named_and_costs_no_other(tmp_path, monkeypatch):
+    """A plug-in's C library ends its process: as a segmentation fault would."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    Path("sitecustomize.py").write_text(
+        "import sys\n"
+        "def deadly(event, found):\n"
+        "    if event == 'open' and str(found[0]).endswith('s05.png'):\n"
+        "        import os, signal\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "sys.addaudithook(deadly)\n"
+    )
+    for name in ("s05.png", "s06.png"):
+        replace(name, Path(f"slides/inner/{name}").read_bytes())
+    with pytest.raises(ValueError, match="has 1 problem:\n  s05: its worker process died"):
+        stage.main()
+    quarantine()
+    stage.main()
+    assert list(failures.read(Path("data/cohort"))) == ["s05"]
+    assert "s06" in [row.slide_id for row in cohort.read_rows()]
 
 
 def test_the_positive_class_is_the_last():
@@ -150,7 +202,7 @@ def with_first(**changes: str) -> list[dict[str, str]]:
     ("table", "message"),
     [
         ([], "labels.csv names no slides"),
-        (with_first(slide="inner/none.png"), "line 2: slide inner/none.png is not in"),
+        (with_first(slide="inner/none.png"), "slide none has no file slides/inner/none.png: copy"),
         (with_first(slide="../secret.png"), "line 2: slide ../secret.png lies outside"),
         (with_first(slide="/etc/passwd"), "line 2: slide /etc/passwd lies outside"),
         (with_first(slide=""), "line 2: column slide is empty"),
@@ -175,7 +227,12 @@ def with_first(**changes: str) -> list[dict[str, str]]:
         ([{**row, "slide_id": "a/b"} for row in rows()[:1]], "cannot name a folder"),
         ([{**row, "slide_id": "."} for row in rows()[:1]], "cannot name a folder"),
         (with_first(slide_id="metrics.json"), "'metrics.json' cannot name a folder"),
-        (with_first(slide_id="細" * 60), "120 bytes at most"),
+        (
+            with_first(slide_id="failed.csv"),
+            "'failed.csv' cannot name a folder: Windows",
+        ),
+        (with_first(slide_id="細" * 60), "longer than 120 bytes"),
+        (with_first(slide_id="con"), "give another in a column slide_id"),
         (with_first(slide_id="S01"), "slide id S01 (slides/inner/s00.png) occurs twice"),
         (rows(Patient="p"), "has a column Patient: call it patient, or rename it"),
     ],
@@ -201,14 +258,14 @@ def test_three_labels_are_three_classes_and_none_is_the_positive_one():
 
 def test_every_problem_is_told_at_once():
     table = rows()
-    table[0]["slide"], table[1]["label"] = "inner/none.png", ""
+    table[0]["slide"], table[1]["label"] = "../none.png", ""
     write_labels(table)
     with pytest.raises(ValueError, match="has 2 problems:\n  line 2: .*\n  line 3: "):
         stage.main()
     write_labels(rows())
     for name in ("s03", "s07"):
-        Path(f"slides/inner/{name}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="has 2 problems:\n  slide s03.*\n  slide s07"):
+        replace(f"{name}.png", b"")
+    with pytest.raises(ValueError, match="has 2 problems:\n  s03: slide s03.*\n  s07: slide s07"):
         stage.main()
 
 
@@ -229,19 +286,18 @@ def test_refuses_bad_params(changes, message):
 
 
 def test_refuses_the_same_content_under_two_names():
-    Path("slides/inner/s03.png").write_bytes(Path("slides/inner/s00.png").read_bytes())
-    with pytest.raises(ValueError, match=r"slides s00 \(.*\) and s03 \(.*\) have the same content"):
+    replace("s03.png", Path("slides/inner/s00.png").read_bytes())
+    with pytest.raises(ValueError, match=r"slides s00 \(s00.png\) and s03 \(s03.png\) have"):
         stage.main()
 
 
 def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
     """Cut short, gone with its folder, and a copy under another name; their classes stay two."""
-    Path("slides/inner/s02.png").write_bytes(Path("slides/inner/s02.png").read_bytes()[:60])
-    shutil.copy("slides/inner/s04.png", "slides/inner/s06.png")
+    replace("s02.png", Path("slides/inner/s02.png").read_bytes()[:60])
+    replace("s06.png", Path("slides/inner/s04.png").read_bytes())
     with pytest.raises(ValueError, match=r"the cohort has 2 problems:(?s:.*)s02\.png is damaged"):
         stage.main()
-    values = yaml.safe_load(Path("params.yaml").read_text())
-    Path("params.yaml").write_text(yaml.safe_dump({**values, "on_error": "quarantine"}))
+    quarantine()
     stage.main()
     assert [row.slide_id for row in cohort.read_rows(Path("data/cohort"))] == [
         f"s{number:02d}" for number in range(12) if number not in (2, 6)
@@ -252,6 +308,40 @@ def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
     assert (metrics["slides"], metrics["failed"]) == (10, 2)
 
 
+def test_quarantine_with_no_slide_left_says_why():
+    quarantine()
+    for number in range(12):
+        replace(f"s{number:02d}.png", b"")
+    with pytest.raises(ValueError, match="all 12 slides of the cohort failed(?s:.*)  s11: .*0 byt"):
+        stage.main()
+
+
+def test_a_slide_that_is_away_is_quarantined_and_taken_in_when_it_is_back(caplog):
+    away = Path("slides/inner/s03.png").rename("s03.png")
+    with pytest.raises(ValueError, match=r"1 problem:\n  slide s03 has no file slides/inner/s03"):
+        stage.main()
+    quarantine()
+    stage.main()
+    assert list(failures.read(Path("data/cohort"))) == ["s03"]
+    away.rename("slides/inner/s03.png")
+    stage.main()
+    assert failures.read(Path("data/cohort")) == {} and len(cohort.read_rows()) == 12
+
+
+def test_a_slide_that_vanishes_midway_is_no_bad_slide(monkeypatch):
+    quarantine()
+    replace("s03.png", Path("slides/inner/s03.png").read_bytes())
+    first = intake.dispatch.each
+
+    def late(*given):
+        Path("slides/inner/s03.png").unlink()
+        return first(*given)
+
+    monkeypatch.setattr(intake.dispatch, "each", late)
+    with pytest.raises(FileNotFoundError, match="1 slides vanished, s03 for one: run again"):
+        stage.main()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -259,7 +349,7 @@ def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
         (b"slide,label,label\na,b,c\n", "has the column label twice"),
         (b"slide,label\na,b,c\n", "line 2 has more fields than columns"),
         (b"slide,label\ninner/s\xe900.png,b\n", "labels.csv is not UTF-8 text"),
-        (b"slide,label\n\n\nnone.png,b\n", "line 4: slide none.png is not in"),
+        (b"slide,label\n\n\nnone.png,\n", "line 4: slide none.png has no label"),
         (b"slide,label\n" + b"a" * 200_000 + b",b\n", "labels.csv is no CSV"),
     ],
 )
@@ -319,18 +409,64 @@ def test_the_index_survives_stray_links_and_a_slide_folder_that_is_away():
     assert Path("data/index/slides.csv").read_text() == before
 
 
+CLOSED = """
+import os, sys
+from pathlib import Path
+from stages import cohort, index
+from stages.sources import folder
+os.umask(0)
+"".encode("utf-8-sig")
+index.main()  # as root, who may import what it needs
+closed = Path(sys.argv[1])
+closed.chmod(0o600)
+os.setuid(65534)
+index.main()
+if closed.is_dir():  # a file is opened by processes, which this user may not start
+    try:
+        cohort.main()
+    except (ValueError, OSError) as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="needs another user to be")
+@pytest.mark.parametrize("closed", ["slides/inner/s03.png", "slides/inner", "slides"])
+def test_what_may_not_be_read_is_named_and_told_by_the_index(known, closed):
+    """As another user, in a process of its own: root may read everything."""
+    use_folder()
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place) / "home"
+        shutil.copytree(".", home)
+        for path in (place, *(str(path) for path in home.rglob("*")), home):
+            os.chmod(path, 0o777)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "CYTOSSL_CACHE": str(home / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", CLOSED, closed],
+            env=environment,
+            cwd=home,
+            capture_output=True,
+            text=True,
+        )
+        listed = (home / "data/index/slides.csv").read_text().splitlines()
+    assert done.returncode == 0, done.stderr
+    if not closed.endswith(".png"):
+        assert f"{closed} may not be read by this user: change its permissions" in done.stdout
+    assert [line.rsplit(",", 1)[1] for line in listed[1:]].count("0") == 1
+
+
 def test_the_index_sees_a_replaced_slide_and_is_empty_without_a_folder():
     use_folder()
     index.main()
     before = Path("data/index/slides.csv").read_text()
     index.main()
     assert Path("data/index/slides.csv").read_text() == before
+    Path("slides/inner/s00.png").unlink()
     Image.new("RGB", (50, 40), "red").save("slides/inner/s00.png")
     index.main()
     assert Path("data/index/slides.csv").read_text() != before
     shutil.copy(ROOT / "params.yaml", "params.yaml")
     index.main()
-    assert Path("data/index/slides.csv").read_text() == "path,bytes,mtime_ns\n"
+    assert Path("data/index/slides.csv").read_text() == "path,bytes,mtime_ns,readable\n"
 
 
 def test_tells_of_a_slide_whose_mpp_is_far_from_the_others(caplog):

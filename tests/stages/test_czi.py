@@ -7,6 +7,7 @@ import openslide
 import pytest
 
 from stages.common.slides import Slide
+from stages.readers import czi as reader
 from tests.common.pyramids import texture
 
 czi = pytest.importorskip("pylibCZIrw.czi", reason="the extra czi is not installed")
@@ -56,6 +57,22 @@ def test_mpp_is_the_csvs_where_the_file_has_none(tmp_path):
         Slide(path)
     with Slide(path, 0.3) as slide:
         assert slide.mpp == 0.3
+
+
+@pytest.mark.parametrize(
+    ("distance", "mpp"),
+    [
+        ([{"@Id": axis, "Value": "2.5e-07"} for axis in "XY"], (0.25, 0.25)),
+        ({"@Id": "X", "Value": "2.5e-07"}, None),
+        ([{"@Id": axis, "Value": None} for axis in "XY"], None),
+        ([{"@Id": "X"}, {"@Id": "Y", "Value": "2.5e-07"}], None),
+        (None, None),
+    ],
+)
+def test_a_scale_that_is_not_whole_is_none(distance, mpp):
+    """One element of XML comes as a map, several as a list of them."""
+    scaling = {"Items": {"Distance": distance}}
+    assert reader._mpp_of({"ImageDocument": {"Metadata": {"Scaling": scaling}}}) == mpp
 
 
 def test_the_middle_plane_is_read(tmp_path):
