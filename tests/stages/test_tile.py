@@ -136,6 +136,14 @@ def test_central_asks_for_cells_in_the_middle_that_embed_crops(tmp_path):
     assert (crop.reshape(-1, 3) < (110, 90, 150)).all(axis=1).any()
 
 
+def test_central_is_named_where_it_leaves_nothing_and_is_no_matter_to_all(tmp_path):
+    path = paint(tmp_path / "s.svs", [(24, 24), (152, 24)])
+    with pytest.raises(ValueError, match="2 of its 100 positions hold nuclei.*tile.central to fal"):
+        make(tmp_path / "a", path, central=True)
+    make(tmp_path / "b", path, central=True, sampling="all", patches_per_slide=0)
+    assert coverage.read(tmp_path / "b").with_cells == 2
+
+
 def test_red_cells_are_foreground_where_cells_are_asked_for(tmp_path):
     pixels = np.full((SIDE, SIDE, 3), (244, 243, 240), np.uint8)
     for x, y in CELLS:
