@@ -430,7 +430,7 @@ def test_a_cohort_of_blurred_slides_stays_a_page(
 
 
 def test_a_cohort_without_odd_slides_says_so(page: str) -> None:
-    assert "No slide has fewer patches than asked for" in tiles_of(page)
+    assert "No slide is nearly blank" in tiles_of(page)
 
 
 def section_of(page: str) -> str:
