@@ -193,8 +193,9 @@ def draw(
     """The slide with its foreground and what is out of focus outlined, and the patches framed."""
     picture = slide.thumbnail(THUMBNAIL_PX).copy()
     shrink = picture.shape[1] / slide.width_px
-    first = np.round(grid.corners * shrink).astype(int)
-    last = np.round((grid.corners + grid.side) * shrink).astype(int) - 1
+    # Outwards: neighbours must touch, or the line around them runs between them too.
+    first = np.floor(grid.corners * shrink).astype(int)
+    last = np.ceil((grid.corners + grid.side) * shrink).astype(int) - 1
     for marked, colour in ((blurred, BLURRED_RGB), (cells, CELLS_RGB)):
         area = np.zeros(picture.shape[:2], np.uint8)
         for at in np.flatnonzero(marked):

@@ -181,24 +181,6 @@ def test_the_thumbnail_shows_the_patches(tmp_path):
     assert near.sum() > 200
 
 
-def test_the_thumbnail_outlines_foreground_and_what_is_out_of_focus():
-    class Blank:
-        width_px, height_px = 400, 400
-
-        def thumbnail(self, longest_px):
-            return np.full((400, 400, 3), 255, np.uint8)
-
-    where = np.arange(16) == np.array([[5], [10], [3]])
-    picture = tile.draw(Blank(), tile.sampling.grid((400, 400), 100, 100, 1.0), [5], *where[1:])
-    found = {
-        name: np.argwhere((picture == colour).all(axis=2)).mean(axis=0) // 100
-        for name, colour in (
-            ("chosen", tile.CHOSEN_RGB), ("cells", tile.CELLS_RGB), ("blurred", tile.BLURRED_RGB)
-        )
-    }  # fmt: skip
-    assert [found[name].tolist() for name in found] == [[1, 1], [2, 2], [0, 3]]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
