@@ -32,7 +32,7 @@ def test_the_thumbnail_outlines_foreground_and_what_is_out_of_focus(tmp_path):
 
 def test_one_line_runs_around_positions_side_by_side(tmp_path):
     slide = blank(tmp_path / "s.png", 2600)
-    grid = sampling.grid((2600, 2600), 100, 100, 0.85)
+    grid = sampling.grid((2600, 2600), 100, 100, 0.904)
     every, none = np.ones(len(grid), bool), np.zeros(len(grid), bool)
     picture = tile.draw(slide, grid, np.array([], int), every, none)
     assert (picture == 255).all(axis=2)[3:900, 3:900].all()
