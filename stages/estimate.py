@@ -4,7 +4,8 @@
 
 It reads the cohort, if there is one, and a few patches of its slides; it writes nothing and is no
 stage of the pipeline. What was made by the same settings and code and lies in the cache is taken
-off. Of pretraining it counts the checkpoints kept while it runs, and the encoders that it leaves.
+off. Of pretraining it counts the checkpoints kept while it runs, and the encoders that it leaves;
+nothing of these is to write when the encoder in data/pretrain was made so, and no view is missing.
 """
 
 import json
@@ -31,11 +32,13 @@ from stages.common import (
     plugins,
     readers,
     run,
+    training,
 )
 from stages.common.disk import Needs, human
 from stages.common.footprint_sample import Sample
 from stages.common.spec import EncoderSpec
 from stages.common.training import PretrainParams
+from stages.methods import fitted
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,8 @@ def main(data: Path = Path("data")) -> None:
     """
     cut = SimpleNamespace(**params.section_of("tile"))
     slides = _slides(data / "cohort", cut)
-    rows = [*_cut(slides, cut), _pretrain(cut), *_bags(slides, cut, data / "pretrain")]
+    each, trained = _cut(slides, cut), data / "pretrain"
+    rows = [*each, _pretrain(cut, trained, each[-1]), *_bags(slides, cut, trained)]
     missing = sum(row.missing for row in rows)
     rows.append(Row("all", sum(row.whole for row in rows), missing))
     logger.info("%s", _basis(slides, cut))
@@ -137,21 +141,38 @@ def _cut(slides: Slides, cut: Any) -> list[Row]:
     ]
 
 
-def _pretrain(cut: Any) -> Row:
+def _pretrain(cut: Any, trained: Path, views: Row) -> Row:
     """Checkpoints, one more than are kept while it is written, and the encoders."""
     settings = params.load(PretrainParams, "pretrain")
     encoder = architectures.build(_spec(settings, cut), empty=True)
     total = (settings.keep_checkpoints + 1) * _checkpoint_bytes(settings, cut)
     total += ENCODERS * _bytes(encoder.state_dict())
-    return Row("pretrain", total, total)
+    done = not views.missing and _is_made(trained / "pretrained", settings)
+    return Row("pretrain", total, 0 if done else total)
+
+
+def _is_made(folder: Path, settings: PretrainParams) -> bool:
+    """Whether the encoder was made by this code and these settings, on the data it names."""
+    if not (folder / encoders.DESCRIPTION).is_file():
+        return False
+    made = encoders.describe(folder).get("provenance", {})
+    if "counts" not in made:  # it is from elsewhere
+        return False
+    own = fitted(_of_method(settings), made["counts"]["patches"])
+    now = training.provenance(made["data"], settings, own, params.load(params.Top))
+    return now["run"] == made["run"]
+
+
+def _of_method(settings: PretrainParams) -> Any:
+    module = plugins.load("methods", settings.method)
+    return params.load(module.Params, f"pretrain.{settings.method}")
 
 
 def _checkpoint_bytes(settings: PretrainParams, cut: Any) -> int:
-    plugin = plugins.load("methods", settings.method)
-    own = params.load(plugin.Params, f"pretrain.{settings.method}")
+    build = plugins.load("methods", settings.method).build
     encoder = architectures.build(_spec(settings, cut), empty=True)
     with torch.device("meta"):  # shapes only: no weight is made
-        method = plugin.build(encoder, own, settings.global_px)
+        method = build(encoder, _of_method(settings), settings.global_px)
     trained = {name: one for name, one in method.named_parameters() if one.requires_grad}
     return _bytes(method.state_dict()) + ADAM_STATES * _bytes(trained)
 

@@ -123,7 +123,8 @@ def make(folder: Path, job: Job) -> None:
     grid = _grid(slide, settings)
     found = foreground.survey(slide, settings)
     held = content.of(found, grid, settings.patch_px, settings.foreground_blur_um)
-    cells = held.holds_cells(settings.foreground_um2, settings.central)
+    central = settings.central and settings.sampling != "all"
+    cells = held.holds_cells(settings.foreground_um2, central)
     chosen = choose(held, cells, settings, f"{seed}:{row.slide_id}")
     if not len(chosen):
         raise ValueError(_nothing(row.slide_id, held, settings))
@@ -170,6 +171,14 @@ def choose(held: content.Content, cells: np.ndarray, settings: TileParams, key: 
 def _nothing(slide_id: str, held: content.Content, settings: TileParams) -> str:
     blurred = int(held.out_of_focus.sum())
     other = "cells" if settings.foreground == "nuclei" else "nuclei"
+    off_centre = held.holds_cells(settings.foreground_um2, False).sum()
+    if off_centre:  # so tile.central is set
+        return (
+            f"slide {slide_id} has no foreground: {off_centre} of its {len(held.emptiness)} "
+            f"positions hold {settings.foreground} in focus, none in its middle; set tile.central "
+            "to false, tile.sampling to grid with a small tile.stride_px, or take the slide out of "
+            "the cohort"
+        )
     return (
         f"slide {slide_id} has no foreground: none of its {len(held.emptiness)} positions holds "
         f"{settings.foreground} in focus ({blurred} are out of focus); set tile.foreground to "
@@ -184,8 +193,9 @@ def draw(
     """The slide with its foreground and what is out of focus outlined, and the patches framed."""
     picture = slide.thumbnail(THUMBNAIL_PX).copy()
     shrink = picture.shape[1] / slide.width_px
-    first = np.round(grid.corners * shrink).astype(int)
-    last = np.round((grid.corners + grid.side) * shrink).astype(int) - 1
+    # Outwards: neighbours must touch, or the line around them runs between them too.
+    first = np.floor(grid.corners * shrink).astype(int)
+    last = np.ceil((grid.corners + grid.side) * shrink).astype(int) - 1
     for marked, colour in ((blurred, BLURRED_RGB), (cells, CELLS_RGB)):
         area = np.zeros(picture.shape[:2], np.uint8)
         for at in np.flatnonzero(marked):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ WORKER_ENVIRONMENT = {
 }
 ANSWER_SECONDS = 10  # for a scheduler by address
 RETURN_SECONDS = 60  # a worker that died is started anew within a few
+# Ctrl-C reaches workers too: they are closed by the stage, or each would print a traceback.
+DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 SLURM = "slurm"
 
 
@@ -78,10 +80,10 @@ def connect(engine: EngineParams, job_count: int, cuda: bool = False) -> Iterato
             yield client
     else:
         with _local(engine, job_count) as cluster, Client(cluster) as client:
-            try:
-                yield client
-            finally:
-                # Dask breaks off with an error when it closes a worker that is just coming back.
+            yield client
+            # Dask breaks off with an error when it closes a worker that is just coming back. All
+            # work is done: one that does not come back is none's loss.
+            with suppress(TimeoutError):
                 client.wait_for_workers(len(cluster.workers), timeout=RETURN_SECONDS)
 
 
@@ -90,7 +92,11 @@ def _local(engine: EngineParams, job_count: int) -> Any:
     from distributed import LocalCluster
 
     workers = min(engine.workers or len(os.sched_getaffinity(0)), job_count)
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}):
+    settings = {
+        "distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT,
+        "distributed.worker.preload": [*dask.config.get("distributed.worker.preload"), DEAF],
+    }
+    with dask.config.set(settings):
         return LocalCluster(
             n_workers=workers, threads_per_worker=1, memory_limit=0, dashboard_address="127.0.0.1:0"
         )

@@ -36,6 +36,7 @@ BLUR_BIN_UM, BLUR_BINS = 0.25, 16  # the last bin holds all above
 EMPTY_BINS = 10
 WIDTHS = {"blur": BLUR_BIN_UM, "emptiness": 1 / EMPTY_BINS}
 MOSTLY = 0.5  # share of what holds anything that is out of focus, in a slide that stands out
+SPARSE = 0.25  # share of positions with cells; a slide that has more is only small
 LISTED = 20  # slides named in the log
 
 Bins = dict[str, dict[int, int]]
@@ -97,7 +98,8 @@ def _counts(values: np.ndarray) -> dict[int, int]:
 def flags(one: Coverage) -> dict[str, str]:
     """What is odd about a slide: two or three words, and a sentence that says what to do."""
     found = {}
-    if one.patches < one.asked:
+    sparse = one.with_cells < SPARSE * one.positions
+    if sparse and one.patches < min(one.asked, one.positions):
         found["few patches"] = (
             f"{one.patches} patches of the {one.asked} asked for: {one.with_cells} of "
             f"{one.positions} positions hold cells. See in its thumbnail whether it is nearly "

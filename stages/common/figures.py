@@ -49,17 +49,17 @@ def svg(figure: Figure, name: str) -> Markup:
     return Markup(text)  # noqa: S704 - matplotlib escapes the text it draws
 
 
-def picture(file: Path, width_px: int) -> str:
+def picture(file: Path, width_px: int, quality: int = QUALITY) -> str:
     """An image file as a data URI, at most `width_px` wide."""
     with Image.open(file) as image:
-        return encode(image.convert("RGB"), width_px)
+        return encode(image.convert("RGB"), width_px, quality)
 
 
-def encode(image: Image.Image, width_px: int) -> str:
+def encode(image: Image.Image, width_px: int, quality: int = QUALITY) -> str:
     """An image as a JPEG data URI, at most `width_px` wide."""
     if image.width > width_px:
         height = max(1, round(image.height * width_px / image.width))
         image = image.resize((width_px, height), Image.Resampling.LANCZOS)
     coded = io.BytesIO()
-    image.save(coded, "JPEG", quality=QUALITY)
+    image.save(coded, "JPEG", quality=quality)
     return "data:image/jpeg;base64," + base64.b64encode(coded.getvalue()).decode()

@@ -62,11 +62,11 @@ class Tiles:
             ValueError: the file is no TIFF, or damaged.
             OSError: it cannot be read.
         """
-        self._file = -1
+        self._file = -1  # these two first: `close` needs them, also of a file that is refused
+        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         with tifffile.TiffFile(path) as tiff:
             self._levels = [_level(tiff.pages, extent) for extent in level_dimensions]
         self._decoder = kornia_rs.io.ImageDecoder()
-        self._kept: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._kept_bytes = 0
         self._waiting: dict[int, np.ndarray] = {}  # by level: uses of each tile that are to come
         self._file = os.open(path, os.O_RDONLY)

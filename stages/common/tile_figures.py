@@ -10,7 +10,8 @@ from markupsafe import Markup
 from stages.common import coverage, figures
 from stages.common.coverage import BLUR_BIN_UM, BLUR_BINS, EMPTY_BINS
 
-FLAGGED_SHOWN = 24
+FLAGGED_SHOWN, OTHERS_SHOWN = 24, 60
+LARGE, SMALL = (480, figures.QUALITY), (160, 70)  # thumbnails: width in px, JPEG's quality
 BINS = {"blur": BLUR_BINS, "emptiness": EMPTY_BINS}
 LABELS = {
     "blur": ("blur of edges, sigma in µm", BLUR_BIN_UM),
@@ -19,7 +20,7 @@ LABELS = {
 
 
 def section(folder: Path, shown: list[str]) -> dict[str, Any]:
-    """Plots, slides that stand out, and those of `shown`, from `data/tile`.
+    """Plots, a table, slides that stand out, those of `shown`, and some others, of `data/tile`.
 
     Raises:
         FileNotFoundError: a table or a thumbnail is missing.
@@ -28,20 +29,31 @@ def section(folder: Path, shown: list[str]) -> dict[str, Any]:
     worst = slides.sort_values(["with_cells", "slide_id"])
     flagged = worst[worst["flags"] != ""].to_dict("records")
     histograms = _read(folder / "histograms.csv")
+    pictured = {*shown, *(row["slide_id"] for row in flagged[:FLAGGED_SHOWN])}
+    others = spread([name for name in slides["slide_id"] if name not in pictured])
     return {
         "slides": len(slides),
+        "each": slides.to_dict("records"),
         "flagged": len(flagged),
         "odd": [{**row, **picture(folder, row["slide_id"])} for row in flagged[:FLAGGED_SHOWN]],
         "shown": {slide_id: picture(folder, slide_id) for slide_id in shown},
+        "others": {slide_id: picture(folder, slide_id, SMALL) for slide_id in others},
+        "pictured": len(pictured) + len(others),
         "cohort": {measure: histogram(histograms, measure) for measure in BINS},
     }
 
 
-def picture(folder: Path, slide_id: str) -> dict[str, Any]:
+def spread(names: list[str]) -> list[str]:
+    """At most OTHERS_SHOWN of them, evenly spread."""
+    count = min(OTHERS_SHOWN, len(names))
+    return [names[at] for at in np.linspace(0, len(names) - 1, count).astype(int)]
+
+
+def picture(folder: Path, slide_id: str, form: tuple[int, int] = LARGE) -> dict[str, Any]:
     """A slide's thumbnail and the bars of its histograms."""
     one = coverage.read(folder / slide_id)
     return {
-        "source": figures.picture(_need(folder / slide_id / "thumbnail.jpg"), 480),
+        "source": figures.picture(_need(folder / slide_id / "thumbnail.jpg"), *form),
         "bars": {measure: bars(getattr(one, measure), count) for measure, count in BINS.items()},
         "coverage": one,
     }

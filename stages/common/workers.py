@@ -151,7 +151,8 @@ def _check_code(who: str, answer: Any) -> None:
     if isinstance(answer, Exception):
         raise ValueError(
             f"{who} cannot run this repository's code ({answer}): start scheduler and workers in "
-            "the repository, with its environment"
+            "the repository, with its environment: `PYTHONPATH=. dask scheduler`, and so `dask "
+            "worker`"
         )
     if answer[0] != fingerprint.loaded():
         raise ValueError(f"{who} runs other code than lies here: restart it in this repository")

@@ -14,14 +14,14 @@ from stages.common import cache
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(*arguments: str, **environment: str) -> subprocess.Popen:
-    """A daemon in the folder `elsewhere`, which is told nothing of repository and cache."""
-    Path("elsewhere").mkdir(exist_ok=True)
+def start(*arguments: str, folder: str = "elsewhere", **environment: str) -> subprocess.Popen:
+    """A daemon in the folder, which is told nothing of repository and cache."""
+    Path(folder).mkdir(exist_ok=True)
     dropped = ("CYTOSSL_CACHE", "DVC_ROOT")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return subprocess.Popen(
-        [sys.executable, "-m", "distributed.cli." + arguments[0], *arguments[1:]],
-        cwd="elsewhere",
+        [Path(sys.executable).with_name("dask"), *arguments],
+        cwd=folder,
         env={**kept, "PYTHONPATH": str(ROOT), **environment},
         start_new_session=True,
         stdout=subprocess.DEVNULL,
@@ -44,11 +44,11 @@ def cluster(
     file = str(Path("s.json").resolve())
     Path(file).unlink(missing_ok=True)  # of a scheduler before this one
     shared = ("--scheduler-file", file, "--no-dashboard")
-    started = [start("dask_scheduler", *shared, "--port", "0", **(of_scheduler or {}))]
+    started = [start("scheduler", *shared, "--port", "0", **(of_scheduler or {}))]
     try:
         while not Path(file).exists():
             time.sleep(0.05)
-        command = ("dask_worker", *shared, "--nthreads", "1", *options)
+        command = ("worker", *shared, "--nthreads", "1", *options)
         started += [start(*command, **environment) for _ in range(workers)]
         yield _address(file, workers), started
     finally:

@@ -1,5 +1,9 @@
 """Workers that die: exactly the slides to blame fail, and none that was finished is redone."""
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
@@ -97,6 +101,20 @@ def test_a_lost_scheduler_ends_the_stage_at_once():
             run({}, wait=0.3)
         killer.join()
     assert 1 <= finished() < 16 and not Path("data/toy").exists()
+
+
+def test_an_interrupt_ends_the_stage_at_once_and_tells_nothing_of_its_workers():
+    command = "from tests.common import test_cluster; test_cluster.run({}, wait=0.3)"
+    pipes = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    stage = subprocess.Popen([sys.executable, "-c", command], **pipes)
+    try:
+        daemons.wait_for(1)
+        os.killpg(stage.pid, signal.SIGINT)  # as Ctrl-C does: the workers, too
+        said = stage.communicate(timeout=30)[1]
+    finally:
+        daemons.stop(stage)
+    assert stage.returncode == -signal.SIGINT and finished() < 16
+    assert said.count("Traceback") == 1 and said.endswith("\nKeyboardInterrupt\n")
 
 
 def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):

@@ -48,12 +48,19 @@ def test_what_is_written_is_read(tmp_path):
 def test_slides_stand_out_by_few_patches_blur_and_no_cells():
     assert coverage.flags(FINE) == {}
     assert coverage.flags(replace(FINE, asked=0)) == {}
-    few = coverage.flags(replace(FINE, patches=3))
+    few = coverage.flags(replace(FINE, patches=2, with_cells=2))
     assert list(few) == ["few patches"]
-    assert "3 patches of the 4 asked for: 8 of 10 positions hold cells" in few["few patches"]
+    assert "2 patches of the 4 asked for: 2 of 10 positions hold cells" in few["few patches"]
     assert list(coverage.flags(replace(FINE, out_of_focus=9))) == ["out of focus"]
     assert list(coverage.flags(replace(FINE, out_of_focus=8))) == []
     assert list(coverage.flags(replace(FINE, with_cells=0, out_of_focus=0))) == ["no cells"]
+
+
+def test_a_small_slide_full_of_cells_does_not_stand_out():
+    small = replace(FINE, positions=6, with_cells=6, asked=200, patches=6)
+    assert coverage.flags(small) == {}
+    assert coverage.flags(replace(small, with_cells=1, out_of_focus=0)) == {}  # by sampling all
+    assert list(coverage.flags(replace(small, with_cells=1, patches=1))) == ["few patches"]
 
 
 def written(folder: Path, slides: dict[str, Coverage]) -> dict[str, int]:
@@ -65,7 +72,9 @@ def written(folder: Path, slides: dict[str, Coverage]) -> dict[str, int]:
 
 def test_tables_hold_every_slide_and_the_cohort(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
-    metrics = written(tmp_path, {"NA": FINE, "=1+1": replace(FINE, patches=1, out_of_focus=9)})
+    metrics = written(
+        tmp_path, {"NA": FINE, "=1+1": replace(FINE, patches=1, with_cells=1, out_of_focus=9)}
+    )
     assert metrics == {
         "slides": 2, "patches": 5, "fewest_patches": 1,
         "slides_with_few_patches": 1, "slides_out_of_focus": 1,

@@ -1,5 +1,7 @@
 """The fast path: OpenSlide's pixels, bit for bit, or OpenSlide itself."""
 
+import gc
+
 import numpy as np
 import openslide
 import pytest
@@ -41,6 +43,14 @@ def decoded(monkeypatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(tiff.Tiles, "decode", spy)
     return found
+
+
+def test_a_file_that_tifffile_refuses_is_let_go_of_without_a_word(tmp_path, capsys):
+    (tmp_path / "a.tif").write_bytes(b"no TIFF")
+    with pytest.raises(ValueError, match="not a TIFF file"):
+        tiff.Tiles(tmp_path / "a.tif", [(1, 1)])
+    gc.collect()
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("description", [APERIO, None], ids=["aperio", "generic"])

@@ -105,8 +105,16 @@ def test_no_worker_with_a_gpu_is_an_error(monkeypatch):
         run(1, "cuda")
 
 
+def test_scheduler_and_workers_start_as_the_refusal_says():
+    here = {"folder": str(daemons.ROOT), "PYTHONPATH": "."}
+    with daemons.cluster(1, of_scheduler=here, **here) as (address, _):
+        write_engine(address)
+        assert run(1).total() == 1
+
+
 def test_refuses_a_scheduler_that_cannot_import_the_stages():
-    with daemons.cluster(1, of_scheduler={"PYTHONPATH": ""}) as (address, _):
+    bare = {"folder": str(daemons.ROOT), "PYTHONPATH": ""}
+    with daemons.cluster(1, of_scheduler=bare) as (address, _):
         write_engine(address)
         with pytest.raises(ValueError, match=f"the scheduler {address} cannot run .*'stages'"):
             run(1)
@@ -127,7 +135,7 @@ def test_refuses_workers_that_began_with_other_code(tmp_path):
 def test_refuses_workers_without_the_code_or_of_many_threads():
     with daemons.cluster(1, PYTHONPATH="") as (address, _):
         write_engine(address)
-        with pytest.raises(ValueError, match="cannot run this repository's code .*'stages'"):
+        with pytest.raises(ValueError, match="the worker .* cannot run .*PYTHONPATH=. dask"):
             run(1)
     with daemons.cluster(1, "--nthreads", "2") as (address, _):
         write_engine(address)

@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from stages import estimate, tile
-from stages.common import checkpoint, cohort, optimizer, params, plugins, training
+from stages.common import checkpoint, cohort, encoders, optimizer, params, plugins, training
 from stages.common.cohort import SlideRow
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +127,23 @@ def test_a_run_that_the_disk_cannot_hold_is_refused(values):
     write(values)
     with pytest.raises(OSError, match="the run has about .* PB to write, and the disk of .* has"):
         estimate.main()
+
+
+def test_a_run_that_is_finished_has_nothing_to_write(values):
+    settings, cut = params.load(training.PretrainParams, "pretrain"), tile_cut(values)
+    spec, folder = estimate._spec(settings, cut), Path("data/pretrain")
+    here, absent = estimate.Row("perturb", 9, 0), estimate.Row("perturb", 9, 1)
+    assert estimate._pretrain(cut, folder, here).missing > 0
+    own, top = estimate._of_method(settings), params.load(params.Top)
+    made = training.provenance("digest of the views", settings, estimate.fitted(own, 640), top)
+    told = {**made, "counts": {"slides": 16, "patches": 640}}
+    encoders.save(folder / "pretrained", estimate.architectures.build(spec), spec, told)
+    row = estimate._pretrain(cut, folder, here)
+    assert row.missing == 0 < row.whole
+    assert estimate._pretrain(cut, folder, absent).missing == row.whole  # new slides train anew
+    values["pretrain"]["epochs"] += 1
+    write(values)
+    assert estimate._pretrain(cut, folder, here).missing == row.whole
 
 
 def test_a_checkpoint_is_as_long_as_said(values, tmp_path):

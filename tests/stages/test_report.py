@@ -1,6 +1,7 @@
 """The report: everything on one page, nothing from outside, nothing of a slide's name trusted."""
 
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from markupsafe import escape
 from PIL import Image
 
 from stages import report
@@ -234,14 +236,15 @@ def test_nothing_is_fetched(page: str) -> None:
 def test_every_picture_has_an_alternative_text(page: str) -> None:
     images = [attrs for tag, attrs in Elements(page).tags if tag == "img"]
     # 3 thumbnails, 1 overlay and 1 example for each of 2 classes; 1 of views, 1 of a slide without
-    # nuclei; attention: 2 classes x 2 encoders x (5 highest + 5 lowest of 11 patches)
-    assert len(images) == 2 * 3 + 2 + 2 + 1 + 1 + 2 * 2 * 10
+    # nuclei; 4 thumbnails of others; attention: 2 classes x 2 encoders x (5 highest + 5 lowest of
+    # 11 patches)
+    assert len(images) == 2 * 3 + 2 + 2 + 4 + 1 + 1 + 2 * 2 * 10
     assert all(attrs["alt"] for attrs in images)
 
 
 def test_ids_are_unique_though_several_plots_stand_inline(page: str) -> None:
     ids = [attrs["id"] for _, attrs in Elements(page).tags if "id" in attrs]
-    assert page.count("<svg") == 4 + 2 * 3 + 2 + 2 * 6 and len(ids) == len(set(ids)) > 10
+    assert page.count("<svg") == 4 + 2 * 3 + 2 + 2 * 10 and len(ids) == len(set(ids)) > 10
     references = re.findall(r'(?:href="#|url\(#)([\w-]+)', page)
     assert references and set(references) <= set(ids)
 
@@ -358,7 +361,7 @@ def test_same_inputs_same_bytes(root: Path) -> None:
 def test_training_curves_may_be_absent(root: Path) -> None:
     shutil.rmtree(root / "data" / "pretrain" / "dvclive")
     page = page_of(root)
-    assert "<h2>Training</h2>" not in page and page.count("<svg") == 3 + 2 * 3 + 2 + 2 * 6
+    assert "<h2>Training</h2>" not in page and page.count("<svg") == 3 + 2 * 3 + 2 + 2 * 10
 
 
 @pytest.mark.parametrize(
@@ -412,8 +415,8 @@ def test_slides_with_few_patches_or_out_of_focus_come_first(root: Path) -> None:
     alternatives = [attrs["alt"] for tag, attrs in elements.tags if tag == "img"]
     assert alternatives[0] == f"Thumbnail of slide {HOSTILE}: few patches"
     assert "script" not in {tag for tag, _ in elements.tags}
-    # Two of the cohort; two of each of 1 slide that stands out and 6 others.
-    assert text.count("<svg") == 2 + 2 * 7
+    # Two of the cohort; two of each slide.
+    assert text.count("<svg") == 2 + 2 * 10
 
 
 def test_a_cohort_of_blurred_slides_stays_a_page(
@@ -430,7 +433,35 @@ def test_a_cohort_of_blurred_slides_stays_a_page(
 
 
 def test_a_cohort_without_odd_slides_says_so(page: str) -> None:
-    assert "No slide has fewer patches than asked for" in tiles_of(page)
+    assert "No slide is nearly blank" in tiles_of(page)
+
+
+def test_every_slide_is_in_the_table_and_all_of_a_small_cohort_are_pictured(root: Path) -> None:
+    write_coverage(
+        root / "data", {row.slide_id: 3 if "-4" in row.slide_id else 11 for row in rows()}
+    )
+    text = tiles_of(page_of(root))
+    body = body_of(text, "each")
+    assert [row[0] for row in body] == [str(escape(row.slide_id)) for row in rows()]
+    assert body[4][1:] == ["50", "5", "0", "99", "3", "few patches"] and body[0][6] == ""
+    pictured = re.findall('alt="Thumbnail of slide ([^,:]*?)[,:"]', text)
+    assert sorted(pictured) == sorted(row[0] for row in body)
+    assert "Pictured are" not in text
+
+
+def test_a_thousand_slides_stay_a_page(root: Path) -> None:
+    names = [row.slide_id for row in rows()] + [f"more-{at}" for at in range(990)]
+    write_coverage(root / "data", {name: 3 if name.endswith("7") else PATCHES for name in names})
+    noise(root / "wide.jpg", 1024, 700)
+    for name in names:
+        (root / "data" / "tile" / name / "thumbnail.jpg").unlink(missing_ok=True)
+        os.link(root / "wide.jpg", root / "data" / "tile" / name / "thumbnail.jpg")
+    page = page_of(root)
+    text = tiles_of(page)
+    assert len(body_of(text, "each")) == 1000 and len(page) < 10e6
+    shown = 6 + tile_figures.FLAGGED_SHOWN + tile_figures.OTHERS_SHOWN
+    assert len(re.findall("<img", text)) == shown
+    assert "Pictured are 90 of 1\u202f000 slides" in text
 
 
 def section_of(page: str) -> str:
@@ -497,6 +528,7 @@ def test_slides_that_failed_stand_at_the_top_and_are_not_looked_for(root):
         "perturb/well-0",
     ):
         shutil.rmtree(data / place)
+    write_coverage(data, {row.slide_id: PATCHES for row in rows() if row.slide_id != "well-0"})
     page = page_of(root)
     top = page[: page.index('<ol class="chain">')]
     assert "3 of 10 slides failed and were left out." in top
@@ -506,4 +538,4 @@ def test_slides_that_failed_stand_at_the_top_and_are_not_looked_for(root):
         "ill-1": "Not evaluated. embed plain: gone",
     }.items():
         assert f"<dt>{slide_id}</dt><dd>{why}</dd>" in top
-    assert "Thumbnail of slide ill-2" in page and "Thumbnail of slide ill-0" not in page
+    assert "Thumbnail of slide ill-2" in page and "Thumbnail of slide ill-0, class" not in page
