@@ -4,6 +4,7 @@
     writes  data/cohort/cohort.csv    one slide a row: id, path, label, patient, split, mpp, digest
             data/cohort/classes.json  the classes in order; of two the positive one last
             data/cohort/failed.csv    slides that on_error: quarantine left out
+            data/cohort/outliers.csv  slides whose mpp is far from the others'
 
 Every problem is found here and all are told at once: files that are missing or damaged, an mpp
 that is not known, an id twice, one class only, a patient in two splits. What is wrong with one
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stages.common import cohort, failures, intake, params, plugins, run, slide_names
+from stages.common import cohort, failures, intake, outliers, params, plugins, run, slide_names
 from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def main(target: Path = Path("data/cohort")) -> None:
     rows = _split(rows, chosen, seed)
     cohort.write_rows(target, rows, classes)
     failures.write(target, failed)
+    outliers.write(target, odd)
     told = {"mpp_outliers": len(odd), "failed": len(failed)}
     run.write_metrics(target / "metrics.json", {**_metrics(rows), **told})
     logger.info("cohort: %d slides of %d patients", len(rows), len({row.patient for row in rows}))
@@ -133,8 +135,8 @@ def _leave_out(failed: dict[str, str], left: int) -> None:
     logger.warning("cohort: %d slides quarantined:%s", len(failed), listed)
 
 
-def _odd_mpp(rows: list[SlideRow]) -> list[str]:
-    """Ids of slides whose mpp is far from the cohort's median; each is told of.
+def _odd_mpp(rows: list[SlideRow]) -> list[tuple[str, float, float]]:
+    """Slides whose mpp is far from the cohort's median, for outliers.csv; each is told of.
 
     Not an error: a cohort may mix lenses, whose slides are brought to one mpp by tile.
     """
@@ -148,7 +150,7 @@ def _odd_mpp(rows: list[SlideRow]) -> list[str]:
             float(row.mpp),
             usual,
         )
-    return [row.slide_id for row in odd]
+    return [(row.slide_id, float(row.mpp), usual) for row in odd]
 
 
 def _split(rows: list[SlideRow], chosen: CohortParams, seed: int) -> list[SlideRow]:

@@ -6,6 +6,7 @@ process along; what is remembered of slides that did not change needs none.
 
 import functools
 import os
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -42,7 +43,7 @@ def look(rows: list[SlideRow]) -> tuple[list[SlideRow], dict[str, str]]:
 
     Returns:
         The rows of the slides that can be used, and by id what is wrong with the others: they
-        cannot be read, or have the content of one before them.
+        cannot be read, or have the content of one before them, or of one with another label.
 
     Raises:
         FileNotFoundError: slides vanished meanwhile; what was found out of the others is kept.
@@ -52,20 +53,26 @@ def look(rows: list[SlideRow]) -> tuple[list[SlideRow], dict[str, str]]:
     failed = _open_all(new) if new else {}
     _check_there([row for row in new if row.slide_id in failed])
     found |= _recalled([row for row in new if row.slide_id not in failed])
-    first: dict[str, SlideRow] = {}
+    twins: dict[str, list[SlideRow]] = defaultdict(list)
     for name in (row.slide_id for row in rows if row.slide_id not in failed):
-        if name not in found:
+        if name in found:
+            twins[found[name].digest].append(found[name])
+        else:
             failed[name] = f"slide {name} changed while it was read: run again"
-            continue
-        row = found[name]
-        one = first.setdefault(row.digest, row)
-        if one is not row:
-            failed[row.slide_id] = (
-                f"slides {one.slide_id} ({Path(one.path).name}) and {row.slide_id} "
-                f"({Path(row.path).name}) have the same content: take one out, or it may be "
-                "trained and tested on"
-            )
-    return list(first.values()), failed
+    for same in twins.values():
+        failed |= _without_twins(same)
+    return [found[row.slide_id] for row in rows if row.slide_id not in failed], failed
+
+
+def _without_twins(same: list[SlideRow]) -> dict[str, str]:
+    """What to say of slides of one content but the first, or of all where their labels differ."""
+    named = " and ".join(f"{row.slide_id} ({Path(row.path).name})" for row in same)
+    if len({row.label for row in same}) > 1:
+        labels = " and ".join(sorted({row.label for row in same}))
+        why = f"have the same content, and their labels differ ({labels}): take the wrong ones out"
+        return {row.slide_id: f"slides {named} {why}" for row in same}
+    why = "have the same content: take one out, or it may be trained and tested on"
+    return {row.slide_id: f"slides {named} {why}" for row in same[1:]}
 
 
 def _check_there(failed: list[SlideRow]) -> None:

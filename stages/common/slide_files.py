@@ -1,7 +1,9 @@
 """Which files make a slide: MRXS, VMS and DICOM slides are several."""
 
 import configparser
+import functools
 import re
+from collections import defaultdict
 from pathlib import Path
 
 HEADER_BYTES = 1 << 16
@@ -24,9 +26,9 @@ def content_files(path: Path) -> list[Path]:
     if suffix in INDEXES:
         return [path, *_named(path)]
     if is_dicom(path):
-        own = _series(path)
-        beside = [file for file in sorted(path.parent.iterdir()) if is_dicom(file)]
-        return [file for file in beside if file == path or not own or own & _series(file)]
+        beside = _by_series(path.parent, path.parent.stat().st_mtime_ns)
+        own = _series(path) or beside.keys()
+        return sorted({path}.union(*(beside.get(series, ()) for series in own)))
     return [path]
 
 
@@ -62,6 +64,16 @@ def _series(path: Path) -> set[bytes]:
     """Identifiers of the series that a DICOM file belongs to or mentions."""
     with path.open("rb") as opened:
         return set(SERIES.findall(opened.read(HEADER_BYTES)))
+
+
+@functools.lru_cache(maxsize=16)
+def _by_series(folder: Path, mtime_ns: int) -> dict[bytes, list[Path]]:
+    """DICOM files of a folder as it was at that time: thousands of slides may lie in one."""
+    found = defaultdict(list)
+    for file in filter(is_dicom, folder.iterdir()):
+        for series in _series(file) or {b""}:
+            found[series].append(file)
+    return dict(found)
 
 
 def _data_folder(path: Path) -> list[Path]:

@@ -93,3 +93,18 @@ def test_a_single_file_is_its_own_content(tmp_path):
     (tmp_path / "a.svs").write_bytes(b"x")
     (tmp_path / "b.svs").write_bytes(b"x")
     assert slide_files.content_files(tmp_path / "a.svs") == [tmp_path / "a.svs"]
+
+
+def test_each_file_of_a_flat_dicom_folder_is_read_once_for_all_slides(tmp_path, monkeypatch):
+    names = [f"{at:02d}.dcm" for at in range(40)]
+    for at, name in enumerate(names):
+        tag = b"\x20\x00\x0e\x00UI\x04\x001.%02d" % (at // 2)
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM" + tag)
+    asked, real = [], slide_files._series
+    monkeypatch.setattr(slide_files, "_series", lambda file: asked.append(file) or real(file))
+    for at, name in enumerate(names):
+        found = slide_files.content_files(tmp_path / name)
+        assert [file.name for file in found] == names[at // 2 * 2 : at // 2 * 2 + 2]
+    assert len(asked) <= 2 * len(names)
+    (tmp_path / names[1]).unlink()
+    assert [file.name for file in slide_files.content_files(tmp_path / names[0])] == names[:1]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from stages import cohort as stage
 from stages import index
-from stages.common import cohort, failures, intake
+from stages.common import cohort, failures, intake, outliers
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +291,15 @@ def test_refuses_the_same_content_under_two_names():
         stage.main()
 
 
+def test_of_one_content_with_two_labels_neither_is_kept():
+    replace("s03.png", Path("slides/inner/s00.png").read_bytes())
+    quarantine()
+    stage.main()
+    failed = failures.read(Path("data/cohort"))
+    assert list(failed) == ["s00", "s03"]
+    assert all("their labels differ (benign and malignant)" in why for why in failed.values())
+
+
 def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
     """Cut short, gone with its folder, and a copy under another name; their classes stay two."""
     replace("s02.png", Path("slides/inner/s02.png").read_bytes()[:60])
@@ -325,7 +334,14 @@ def test_a_slide_that_is_away_is_quarantined_and_taken_in_when_it_is_back(caplog
     assert list(failures.read(Path("data/cohort"))) == ["s03"]
     away.rename("slides/inner/s03.png")
     stage.main()
-    assert failures.read(Path("data/cohort")) == {} and len(cohort.read_rows()) == 12
+    assert failures.read(Path("data/cohort")) == {}
+    assert [row.slide_id for row in cohort.read_rows()] == [f"s{n:02d}" for n in range(12)]
+
+
+def test_slides_looked_at_anew_keep_their_places():
+    replace("s03.png", Path("slides/inner/s03.png").read_bytes())
+    stage.main()
+    assert [row.slide_id for row in cohort.read_rows()] == [f"s{n:02d}" for n in range(12)]
 
 
 def test_a_slide_that_vanishes_midway_is_no_bad_slide(monkeypatch):
@@ -482,6 +498,8 @@ def test_tells_of_a_slide_whose_mpp_is_far_from_the_others(caplog):
         (True, True, True)
     ]
     assert json.loads(Path("data/cohort/metrics.json").read_text())["mpp_outliers"] == 1
+    listed = [{"slide_id": "s03", "mpp": "0.5", "usual": "0.25"}]
+    assert outliers.read(Path("data/cohort")) == listed
 
 
 def test_counts_no_mpp_outlier_where_all_slides_agree():
