@@ -26,8 +26,6 @@ from stages.common.cohort import SlideRow
 
 logger = logging.getLogger(__name__)
 
-MPP_FACTOR = 1.6  # 0.25 and 0.26 are one scanner's; 0.25 and 0.5 are another lens, or a wrong value
-
 
 @dataclass(frozen=True)
 class CohortParams:
@@ -141,7 +139,8 @@ def _odd_mpp(rows: list[SlideRow]) -> list[tuple[str, float, float]]:
     Not an error: a cohort may mix lenses, whose slides are brought to one mpp by tile.
     """
     usual = statistics.median(float(row.mpp) for row in rows)
-    odd = [row for row in rows if not 1 / MPP_FACTOR < float(row.mpp) / usual < MPP_FACTOR]
+    factor = intake.MPP_FACTOR
+    odd = [row for row in rows if not 1 / factor < float(row.mpp) / usual < factor]
     for row in odd:
         logger.warning(
             "cohort: slide %s has an mpp of %.4g, and %.4g is usual in this cohort: if the lens "

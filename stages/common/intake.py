@@ -5,6 +5,7 @@ process along; what is remembered of slides that did not change needs none.
 """
 
 import functools
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,6 +31,9 @@ from stages.common.cohort import SlideRow
 from stages.common.slide_files import content_files
 from stages.common.workers import Workers
 
+logger = logging.getLogger(__name__)
+
+MPP_FACTOR = 1.6  # 0.25 and 0.26 are one scanner's; 0.25 and 0.5 are another lens, or a wrong value
 READERS = 4  # threads: what they ask waits for the disk
 TASKS = 1000  # at most, or handing them out takes longer than opening small pictures
 
@@ -93,9 +97,24 @@ def _recalled(rows: list[SlideRow]) -> dict[str, SlideRow]:
 
 def _recall(row: SlideRow) -> SlideRow | None:
     try:
-        return _open(row, _unknown, _unknown)
+        found, said = _open(row, _unknown, _unknown)
+        _tell_contradiction(found, said)
+        return found
     except (_UnknownError, OSError, ValueError):  # a worker is to find out, and say
         return None
+
+
+def _tell_contradiction(row: SlideRow, said: str) -> None:
+    """Of an mpp in the labels file that is another lens's than the slide's own; the former counts.
+
+    What a file says of itself may be wrong, and so it is no error.
+    """
+    if said and not 1 / MPP_FACTOR < float(row.mpp) / float(said) < MPP_FACTOR:
+        logger.warning(
+            "cohort: slide %s says of itself that it has an mpp of %.4g, and %.4g from the labels "
+            "file is taken: correct or clear its column mpp, if that is wrong",
+            *(row.slide_id, float(said), float(row.mpp)),
+        )
 
 
 def _unknown(*_: object) -> NoReturn:
@@ -125,19 +144,23 @@ def _build(task: tuple[SlideRow, ...], _: str) -> None:
 
 def _open(
     row: SlideRow, probe: Callable[[Path, SlideRow], str], read: Callable[[Path], str]
-) -> SlideRow:
-    """Opening and probing takes long with thousands of slides on a network: once a slide."""
+) -> tuple[SlideRow, str]:
+    """The row filled in, and the mpp that the file says of itself, empty where it does not.
+
+    Opening and probing takes long with thousands of slides on a network: once a slide.
+    """
     path = cohort.locate(row.path)
     files = content_files(path)
     question = f"mpp of {path}, {row.mpp} given, by {_reader()}"
-    mpp = digests.once(files, question, lambda: probe(path, row))
-    return replace(row, mpp=mpp, digest=digests.digest_of(files, read))
+    mpp, _, said = digests.once(files, question, lambda: probe(path, row)).partition(" ")
+    return replace(row, mpp=mpp, digest=digests.digest_of(files, read)), said
 
 
 def _probed(path: Path, row: SlideRow) -> str:
     with slides.Slide(path, float(row.mpp) if row.mpp else None) as slide:
         slide.probe()
-        return repr(slide.mpp)
+        said = sum(slide.said_mpp) / 2 if slide.said_mpp else ""
+        return f"{slide.mpp!r} {said}"
 
 
 @functools.cache

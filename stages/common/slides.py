@@ -29,6 +29,7 @@ class Slide:
     Attributes:
         path: The file.
         mpp: Microns per pixel of level 0.
+        said_mpp: The same as the file says, along x and y; None: it does not.
         width_px: Width of level 0.
         height_px: Height of level 0.
     """
@@ -45,6 +46,7 @@ class Slide:
         self.path = path
         self._source = readers.open_file(path)
         self.width_px, self.height_px = self._source.level_dimensions[0]
+        self.said_mpp = self._source.mpp
         self.mpp = _checked_mpp(path, mpp if mpp is not None else _mpp_of(self._source.mpp, path))
 
     def __enter__(self) -> Self:

@@ -194,6 +194,10 @@ def _level(pages: tifffile.TiffPages, extent: tuple[int, int]) -> Level | None:
     if page.photometric not in colours or not (jpeg or page.compression in EXACT):
         return None
     offsets, lengths = (np.array(it, np.int64) for it in (page.dataoffsets, page.databytecounts))
+    rows = -(-page.imagelength // page.tilelength)
+    tiles = rows * -(-page.imagewidth // page.tilewidth)
+    if not len(offsets) == len(lengths) == tiles:  # damaged
+        return None
     return Level(page, page.jpegtables, offsets, lengths)
 
 

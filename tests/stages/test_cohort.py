@@ -17,6 +17,7 @@ from PIL import Image
 from stages import cohort as stage
 from stages import index
 from stages.common import cohort, failures, intake, outliers
+from tests.common import pyramids
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +299,19 @@ def test_of_one_content_with_two_labels_neither_is_kept():
     failed = failures.read(Path("data/cohort"))
     assert list(failed) == ["s00", "s03"]
     assert all("their labels differ (benign and malignant)" in why for why in failed.values())
+
+
+def test_an_mpp_that_contradicts_the_slides_own_is_told_and_taken(caplog):
+    pyramids.write(Path("slides/inner/s01.svs"))  # says 0.25 of itself
+    for mpp, told in (("0.25", False), ("0.5", True)):
+        caplog.clear()
+        table = rows()
+        table[1] |= {"slide": "inner/s01.svs", "mpp": mpp}
+        write_labels(table)
+        stage.main()
+        (row,) = [row for row in cohort.read_rows(Path("data/cohort")) if row.slide_id == "s01"]
+        assert row.mpp == mpp
+        assert ("s01 says of itself that it has an mpp of 0.25, and 0.5" in caplog.text) == told
 
 
 def test_files_that_are_no_use_are_quarantined_where_that_is_wanted():
