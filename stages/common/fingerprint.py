@@ -24,6 +24,7 @@ ENGINE = frozenset(
         "common.dispatch",
         "common.failures",
         "common.progress",
+        "common.results",
         "common.slurm",
         "common.workers",
         "common.cache",

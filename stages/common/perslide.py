@@ -21,7 +21,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from stages.common import cache, cluster, devices, disk, dispatch, failures, fingerprint, params
+from stages.common import (
+    cache,
+    cluster,
+    devices,
+    disk,
+    dispatch,
+    failures,
+    fingerprint,
+    params,
+    results,
+)
 from stages.common.progress import Progress
 from stages.common.workers import Workers
 
@@ -82,10 +92,11 @@ def run(
             job, settings and code must give equal bytes. With `together` it is given lists of
             folders and of jobs; no slide's bytes may depend on what else is in the lists.
         jobs: One a slide.
-        target: Holds hard links to the cache, and nothing else afterwards but failed.csv.
+        target: Holds hard links to the cache, and nothing else afterwards but failed.csv and
+            results.csv.
         code: Modules that decide the bytes; all they import counts too.
         settings: Every param that decides the bytes.
-        on_error: Of `failures.FailureParams`; empty: stop, and no failed.csv is written.
+        on_error: Of `failures.FailureParams`; empty: stop, and neither list is written.
         device: "cuda": each worker has a GPU of its own, and those without one are not used; "cpu":
             none uses one; empty: no matter.
         together: Most jobs given to `make` at once; 0: one, and not in a list.
@@ -128,6 +139,7 @@ def run(
     cache.arrange({name: cache.entry(stage, keys[name]) for name in good}, target)
     if on_error:
         failures.write(target, failed)
+        results.write(target, {name: keys[name] for name in good})
     return good
 
 

@@ -63,7 +63,7 @@ def test_quarantine_goes_on_without_the_slides_and_tries_them_again(caplog):
     work = [*jobs("a", "b", bad="raise"), Job("lost", (), {"failure": "say", **elsewhere})]
     assert run(work, "quarantine") == ["a", "b"]
     assert "toy: 2 of 4 slides quarantined" in caplog.text
-    assert sorted(os.listdir("data/toy")) == ["a", "b", "failed.csv"]
+    assert sorted(os.listdir("data/toy")) == ["a", "b", "failed.csv", "results.csv"]
     errors = {"bad": "slide bad is cut short", "lost": "no x.svs: restore it"}
     assert failures.read(Path("data/toy")) == errors
     mended = [*jobs("a", "b", "bad"), work[-1]]

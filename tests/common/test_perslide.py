@@ -92,6 +92,23 @@ def test_workers_are_numbered():
     assert set(worker_numbers()) == {"0", "1"}
 
 
+def test_the_list_of_results_changes_with_any_of_them():
+    """What later stages depend on, in the place of the results themselves."""
+
+    def listed(work: list[Job]) -> list[str]:
+        run(work, "stop")
+        return Path("data/toy/results.csv").read_text().splitlines()
+
+    first = listed(jobs("b", "a"))
+    assert listed(jobs("a", "b")) == first
+    assert first[0] == "slide_id,key" and [line.split(",")[0] for line in first[1:]] == ["a", "b"]
+    for line in first[1:]:
+        assert cache.entry("toy", line.split(",")[1]).is_dir()
+    changed = listed([*jobs("a"), *jobs("b", inputs=("other",))])
+    assert changed[:2] == first[:2] and changed[2] != first[2]
+    assert listed(jobs("a")) == first[:2]
+
+
 def test_the_bar_counts_work(capfd):
     with pytest.raises(ValueError, match="1 of 3 slides failed"):
         run([Job("a", (), {"wait": 0.3}, 30), Job("b", (), {"wait": 0.6}, 12), *jobs(bad="raise")])
