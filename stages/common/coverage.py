@@ -14,7 +14,6 @@ slides.csv      a slide a row, with flags and why: those to look at
 histograms.csv  measure, from, to, positions, patches: of the whole cohort
 """
 
-import csv
 import json
 import logging
 from collections import Counter
@@ -27,7 +26,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from stages.common.content import Content
-from stages.common.run import atomic
+from stages.common.run import write_csv
 
 logger = logging.getLogger(__name__)
 
@@ -148,9 +147,9 @@ def write_tables(target: Path, slide_ids: list[str]) -> dict[str, int]:
     found = {slide_id: read(target / slide_id) for slide_id in slide_ids}
     flagged = {slide_id: flags(one) for slide_id, one in found.items()}
     rows = [_row(slide_id, one, flagged[slide_id]) for slide_id, one in found.items()]
-    _write_csv(target / "slides.csv", list(rows[0]), map(dict.values, rows))
+    write_csv(target / "slides.csv", list(rows[0]), map(dict.values, rows))
     header = ["measure", "from", "to", "positions", "patches"]
-    _write_csv(target / "histograms.csv", header, _histograms(list(found.values())))
+    write_csv(target / "histograms.csv", header, _histograms(list(found.values())))
     _warn({name: why for name, why in flagged.items() if why}, len(found), target / "slides.csv")
     return {
         "slides": len(found),
@@ -176,13 +175,6 @@ def _histograms(found: list[Coverage]) -> Iterable[list[float | str]]:
         for at in sorted(counts["positions"]):
             ends = (round(at * width, 4), round((at + 1) * width, 4))
             yield [measure, *ends, counts["positions"][at], counts["patches"][at]]
-
-
-def _write_csv(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _warn(flagged: dict[str, dict[str, str]], slides: int, table: Path) -> None:

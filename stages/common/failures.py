@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from stages.common import cache
-from stages.common.run import atomic
+from stages.common.run import write_csv
 
 FILE = "failed.csv"
 HEADER = ["slide_id", "error"]
@@ -68,13 +68,11 @@ def explain(error: BaseException) -> str:
 
 def write(folder: Path, failed: dict[str, str]) -> None:
     """Write failed.csv, from slide ids to errors; the header alone when none failed."""
-    with (
-        atomic(folder / FILE) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as opened,
-    ):
-        writer = csv.writer(opened)
-        writer.writerow(HEADER)
-        writer.writerows((name, FOLDERS.sub("", why)) for name, why in sorted(failed.items()))
+    write_csv(
+        folder / FILE,
+        HEADER,
+        ((name, FOLDERS.sub("", why)) for name, why in sorted(failed.items())),
+    )
 
 
 def read(folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from stages.common.run import atomic
+from stages.common.run import write_csv
 
 FILE = "outliers.csv"
 HEADER = ["slide_id", "mpp", "usual"]  # microns per pixel; usual: the cohort's median
@@ -11,13 +11,9 @@ HEADER = ["slide_id", "mpp", "usual"]  # microns per pixel; usual: the cohort's 
 
 def write(folder: Path, rows: list[tuple[str, float, float]]) -> None:
     """Write the list: slide id, its mpp, the usual one."""
-    with (
-        atomic(folder / FILE) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as opened,
-    ):
-        writer = csv.writer(opened)
-        writer.writerow(HEADER)
-        writer.writerows((name, f"{mpp:.4g}", f"{usual:.4g}") for name, mpp, usual in rows)
+    write_csv(
+        folder / FILE, HEADER, ((name, f"{mpp:.4g}", f"{usual:.4g}") for name, mpp, usual in rows)
+    )
 
 
 def read(folder: Path) -> list[dict[str, str]]:

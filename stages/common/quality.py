@@ -6,14 +6,12 @@ nuclei_per_patch.csv  nuclei, patches: patches of the whole cohort that hold so 
 radius.csv            from_um, to_um, nuclei: radii of the whole cohort
 """
 
-import csv
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from stages.common import flags, tally
-from stages.common.run import atomic
+from stages.common.run import write_csv
 from stages.common.tally import QUANTILES, RADIUS_BIN_UM, Tally
 
 logger = logging.getLogger(__name__)
@@ -32,13 +30,13 @@ def write(target: Path, slide_ids: list[str]) -> dict[str, float]:
     found = flags.find(tallies)
     overall = flags.overall(tallies, found)
     rows = [_row(slide_id, one, found[slide_id]) for slide_id, one in tallies.items()]
-    _write_csv(target / "slides.csv", list(rows[0]) if rows else [], map(dict.values, rows))
-    _write_csv(target / "overall.csv", ["flag", "why"], overall.items())
+    write_csv(target / "slides.csv", list(rows[0]) if rows else [], map(dict.values, rows))
+    write_csv(target / "overall.csv", ["flag", "why"], overall.items())
     patches = together.per_patch.items()
-    _write_csv(target / "nuclei_per_patch.csv", ["nuclei", "patches"], patches)
+    write_csv(target / "nuclei_per_patch.csv", ["nuclei", "patches"], patches)
     bins = together.radius_bins.items()
     radii = ((at * RADIUS_BIN_UM, (at + 1) * RADIUS_BIN_UM, nuclei) for at, nuclei in bins)
-    _write_csv(target / "radius.csv", ["from_um", "to_um", "nuclei"], radii)
+    write_csv(target / "radius.csv", ["from_um", "to_um", "nuclei"], radii)
     flagged = {slide_id: why for slide_id, why in found.items() if why}
     if overall:
         logger.warning("all %d slides together: %s", len(tallies), " ".join(overall.values()))
@@ -71,13 +69,6 @@ def _totals(one: Tally) -> dict[str, float]:
         "nuclei_per_patch": one.nuclei / one.patches if one.patches else 0.0,
         "patches_without_nuclei": one.per_patch.get(0, 0),
     }
-
-
-def _write_csv(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
-    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as opened:
-        writer = csv.writer(opened)
-        writer.writerow(header)
-        writer.writerows(rows)
 
 
 def _warn(flagged: dict[str, dict[str, str]], slides: int, table: Path) -> None:

@@ -5,10 +5,9 @@ outputs, and not again for each stage that reads them. The key decides all that 
 folder, pictures too (stages/common/cache.py), so that the file changes whenever they do.
 """
 
-import csv
 from pathlib import Path
 
-from stages.common.run import atomic
+from stages.common.run import write_csv
 
 FILE = "results.csv"
 HEADER = ["slide_id", "key"]
@@ -16,10 +15,4 @@ HEADER = ["slide_id", "key"]
 
 def write(folder: Path, keys: dict[str, str]) -> None:
     """Write the list, from slide ids to keys."""
-    with (
-        atomic(folder / FILE) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as opened,
-    ):
-        writer = csv.writer(opened)
-        writer.writerow(HEADER)
-        writer.writerows(sorted(keys.items()))
+    write_csv(folder / FILE, HEADER, sorted(keys.items()))

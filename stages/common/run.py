@@ -1,6 +1,7 @@
 """What every run needs: logging, seeds, whole-or-absent files, metrics files."""
 
 import contextlib
+import csv
 import importlib
 import json
 import logging
@@ -9,7 +10,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,14 @@ def atomic(path: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, header: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Write a table with one line of column names."""
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
